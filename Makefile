@@ -1,0 +1,51 @@
+# Every recipe sets up what it needs: `make demo` and `make test` work on a fresh machine with Python 3.10+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test smoke lint types format bench matrix docs clean
+
+help: ## list the recipes
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## make the virtual environment and install mergekit in it
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+demo: $(READY) ## merge the bundled tiny models and compare the result with its sources
+	$(BIN)/python examples/demo.py
+
+test: $(READY) lint types ## lint, types and all tests
+	$(BIN)/python -m pytest
+
+smoke: $(READY) ## one tiny merge end to end, in seconds
+	$(BIN)/python -m pytest tests/test_smoke.py
+
+lint: $(READY) ## style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## static types
+	$(BIN)/mypy
+
+format: $(READY) ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## time a 1.1B-parameter merge against moving its bytes
+	$(BIN)/python bench/merge_speed.py
+
+matrix: $(READY) ## every family with every method (minutes)
+	$(BIN)/python -m pytest -m matrix tests/test_families.py
+
+docs: $(READY) ## write the generated parts of the documentation
+	$(BIN)/python docs/generate.py
+
+clean: ## remove what the recipes made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out build *.egg-info

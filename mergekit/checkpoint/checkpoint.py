@@ -1,0 +1,89 @@
+"""A checkpoint on disk: its tensors by name, its config, and what identifies its files. No weight is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mergekit.checkpoint.header import TensorInfo, read_header
+from mergekit.checkpoint.index import find_weights, read_json
+from mergekit.errors import CheckpointError
+
+__all__ = ["Checkpoint", "FileIdentity", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells one state of a weight file from another: bytes, modification time (ns), digest of its header."""
+
+    name: str
+    size: int
+    modified: int
+    header: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The tensors of one model folder, and its config.json.
+
+    ``tensors`` keeps file order, then order of offsets. ``folder`` is where the small files are.
+    ``pickled`` tensors have no offsets and are read through ``checkpoint.pickles``.
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+    files: tuple[FileIdentity, ...]
+    pickled: bool = False
+    notices: tuple[str, ...] = field(default=())
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers and the config of the model in ``folder``.
+
+    ModelNotFoundError if there is no such model, CheckpointError if a file is damaged, hostile or quantised in a
+    way that can't be merged.
+    """
+    from mergekit.checkpoint.quantized import refuse_quantized
+
+    files, weight_map = find_weights(folder)
+    config_path = folder / "config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    tensors: dict[str, TensorInfo] = {}
+    identities: list[FileIdentity] = []
+    notices: list[str] = []
+    pickled = not files[0].endswith(".safetensors")
+    for file in files:
+        path = folder / file
+        if pickled:
+            from mergekit.checkpoint.pickles import pickle_header
+
+            infos, digest, notice = pickle_header(path)
+            notices += [notice] if notice else []
+        else:
+            infos, digest = read_header(path)
+        status = path.stat()
+        identities.append(FileIdentity(file, status.st_size, status.st_mtime_ns, digest))
+        for name, info in infos.items():
+            if name in tensors:
+                raise CheckpointError(f"{folder}: tensor '{name}' is in both {tensors[name].file} and {file}")
+            if weight_map is not None and weight_map.get(name) != file:
+                raise CheckpointError(f"{path}: tensor '{name}' is not listed for this file by the index")
+            tensors[name] = info
+    if weight_map is not None:
+        for name in weight_map:
+            if name not in tensors:
+                raise CheckpointError(f"{folder}: the index lists tensor '{name}', but {weight_map[name]} lacks it")
+    if not tensors:
+        raise CheckpointError(f"{folder}: the weight files hold no tensors")
+    refuse_quantized(folder, config, tensors)
+    return Checkpoint(
+        folder, MappingProxyType(tensors), MappingProxyType(config), tuple(identities), pickled, tuple(notices)
+    )

@@ -1,0 +1,79 @@
+"""Which files of a folder hold its weights: single files, sharded ones with an index, safetensors or pickles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mergekit.errors import CheckpointError, ModelNotFoundError
+
+__all__ = ["WEIGHT_SUFFIXES", "find_weights", "is_weight_file", "read_json"]
+
+_CANDIDATES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_MAX_JSON = 256 * 1024 * 1024
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name holds weights, or says which files do."""
+    return name.lower().endswith((*WEIGHT_SUFFIXES, ".safetensors.index.json", ".bin.index.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; CheckpointError names the file and the fault."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path}: too large for a JSON file of a model")
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return record
+
+
+def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files of ``folder`` (sorted), and the index's map of tensor to file where there is one.
+
+    ``model.safetensors`` goes before ``pytorch_model.bin``; an index goes before the single file of its name. A
+    folder without either but with exactly one safetensors file is taken to hold its weights there.
+    """
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"no folder '{folder}'; give the path of a model folder, or a hub name like org/model")
+    for name in _CANDIDATES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = _weight_map(index)
+            files = sorted(set(weight_map.values()))
+            missing = [f for f in files if not (folder / f).is_file()]
+            if missing:
+                raise ModelNotFoundError(
+                    f"{folder}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}; "
+                    f"download the model again"
+                )
+            return files, weight_map
+        if (folder / name).is_file():
+            return [name], None
+    present = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(WEIGHT_SUFFIXES))
+    single = [name for name in present if name.endswith(".safetensors") and not name.startswith("adapter_")]
+    if len(single) == 1:
+        return single, None
+    if any(name.endswith(".gguf") for name in present):
+        raise CheckpointError(f"{folder}: GGUF files can't be merged; use the safetensors version of this model")
+    if any(name.startswith("adapter_") for name in present):
+        raise CheckpointError(f"{folder}: this is an adapter, not a model; write base+adapter in the recipe")
+    found = f"found {', '.join(present[:4])}" if present else "it holds no weights"
+    raise ModelNotFoundError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of either; {found}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map in this index")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or PurePosixPath(file).name != file or "\\" in file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: tensor '{tensor}' is said to be in {file!r}, which is not a file name")
+    return weight_map

@@ -1,0 +1,56 @@
+"""The border between the program and its user: faults become a few lines on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mergekit.errors import MergekitError
+
+__all__ = ["run", "say"]
+
+
+def say(text: str = "") -> None:
+    """Print a line for people on stderr; results go to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(command: Callable[..., Any]) -> None:
+    """Run a click command as a program. 0: done; 1: input or environment; 2: recipe or usage; 130: interrupted."""
+    try:
+        command.main(standalone_mode=False)  # type: ignore[attr-defined]
+    except MergekitError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues where this one stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        say("error: out of memory; close other programs, or use fewer threads (-j 1)")
+        sys.exit(1)
+    except Exception as error:
+        sys.exit(_other(error))
+
+
+def _other(error: Exception) -> int:
+    """Messages for click's own faults, and for ours that we did not foresee."""
+    import click
+
+    if isinstance(error, click.exceptions.Abort):
+        say("interrupted; the same command continues where this one stopped")
+        return 130
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if os.environ.get("MERGEKIT_DEBUG"):
+        raise error
+    say(f"error: this is a bug in mergekit: {type(error).__name__}: {error}")
+    say("run again with MERGEKIT_DEBUG=1 for the details, and please report them")
+    return 1

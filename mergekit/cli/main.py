@@ -1,0 +1,52 @@
+"""The program ``mergekit``: verbs, each in a file of its own, imported when used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from mergekit.cli.boundary import run
+from mergekit.version import __version__
+
+_COMMANDS = {
+    "merge": "Merge the models of a recipe into a folder.",
+    "plan": "Print what merging a recipe would do.",
+    "methods": "List or explain the merge methods.",
+    "warmup": "Compile the CPU kernels ahead of the first merge.",
+}
+
+
+class _Verbs(click.Group):
+    """Loads a command's file only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order of use."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The click command of a verb."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"mergekit.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs, without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mergekit")
+def mergekit() -> None:
+    """Merge pretrained language models: a recipe becomes a plan, executed tensor by tensor."""
+
+
+def main() -> None:
+    """Run the program."""
+    run(mergekit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""``mergekit merge`` and ``mergekit-yaml``: merge a recipe into a folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit.cli.boundary import run, say
+from mergekit.options import add_merge_options
+from mergekit.version import __version__
+
+if TYPE_CHECKING:
+    from mergekit.planning import Plan
+
+
+@click.command("merge", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("config_file")
+@click.argument("out_path")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is written.")
+@click.version_option(__version__, prog_name="mergekit")
+@add_merge_options
+def merge(config_file: str, out_path: str, dry_run: bool, merge_options: Any) -> None:
+    """Merge the models of the recipe CONFIG_FILE (YAML) into the folder OUT_PATH.
+
+    The same command continues a run that was interrupted.
+    """
+    from mergekit import api
+
+    options = merge_options.run_options()
+    if dry_run:
+        from mergekit.cli.plan import print_plan
+
+        print_plan(api.plan(config_file, options), options)
+        return
+    started = time.monotonic()
+    api.check_writable(Path(out_path), options)
+    plan = api.plan(config_file, options, fetch=True)
+    if not merge_options.quiet:
+        for text in merge_options.given_without_effect():
+            say(f"note: {text}")
+    report(plan, quiet=merge_options.quiet)
+    notes = execute(plan, Path(out_path), options)
+    for text in notes:
+        say(f"warning: {text}")
+    if not merge_options.quiet:
+        seconds = time.monotonic() - started
+        say(f"{out_path}: {plan.parameters:,} parameters, {plan.bytes_written / 1e9:.2f} GB in {seconds:.1f} s")
+
+
+def report(plan: Plan, *, quiet: bool) -> None:
+    """Print a plan's warnings, and its notes unless ``quiet``."""
+    for text in plan.warnings:
+        say(f"warning: {text}")
+    for text in () if quiet else plan.notes:
+        say(f"note: {text}")
+
+
+def execute(plan: Plan, out: Path, options: Any) -> list[str]:
+    """Run a plan with progress on the screen; returns its remarks."""
+    from mergekit import api
+    from mergekit.cli.progress import progress
+
+    def compiling(forms: list[str]) -> None:
+        say(f"compiling kernels for this machine ({', '.join(forms)}); this happens once")
+
+    total = sum(output.nbytes for output in plan.outputs)
+    with progress(total, shown=not options.quiet) as advance:
+        return api.run_plan(plan, out, options, on_compile=compiling, advance=advance)
+
+
+def main() -> None:
+    """The program ``mergekit-yaml``."""
+    run(merge)

@@ -1,0 +1,10 @@
+"""Follow a plan: read blocks, run kernels, hand the bytes to a sink. Same plan, same bytes, on any number of threads.
+
+Here: threads, devices, progress. Not here: decisions (``planning``), files of the output (``output``).
+"""
+
+from mergekit.execute.memory import buffer_bytes
+from mergekit.execute.threads import default_threads, run_threads
+from mergekit.execute.work import Sink
+
+__all__ = ["Sink", "buffer_bytes", "default_threads", "run_threads"]

@@ -1,0 +1,131 @@
+"""Read blocks of input tensors: by position from safetensors, through torch from pickles, dequantised from fp8."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mergekit.dtypes import F8_E4M3, F32, DType
+from mergekit.errors import CheckpointError
+from mergekit.planning.plan import Dequantize, Plan, Read, Rows
+
+__all__ = ["Inputs", "Reader"]
+
+
+class Reader(Protocol):
+    """Gives the elements of one input tensor, as raw bytes of element type ``dtype``."""
+
+    dtype: DType
+
+    def read(self, start: int, count: int, row: np.ndarray) -> None:
+        """Fill the head of ``row`` (uint8) with elements ``start .. start + count``."""
+        ...
+
+
+class Inputs:
+    """The open files of a plan's sources. Files are opened when first needed and shared by all threads."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Inputs:
+        """Nothing is opened yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def reader(self, leaf: Read | Rows | Dequantize) -> Reader:
+        """A reader for a leaf of an expression."""
+        if isinstance(leaf, Rows):
+            leaf = leaf.input  # rows are the leading axis: the first rows are the first bytes
+        if isinstance(leaf, Dequantize):
+            return _Fp8Reader(self, leaf)
+        if self._plan.sources[leaf.source].pickled:
+            return _PickleReader(self.path(leaf), leaf)
+        return _FileReader(self._open(self.path(leaf)), leaf, self.path(leaf))
+
+    def path(self, read: Read) -> Path:
+        """The file that holds a tensor."""
+        return Path(self._plan.sources[read.source].folder) / read.info.file
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                try:
+                    self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                except OSError as error:
+                    raise CheckpointError(f"cannot open {path}: {error.strerror}") from None
+            return self._files[path]
+
+
+class _FileReader:
+    def __init__(self, descriptor: int, read: Read, path: Path) -> None:
+        self.dtype = read.info.dtype
+        self._descriptor, self._offset, self._path, self._name = descriptor, read.info.offset, path, read.info.name
+
+    def read(self, start: int, count: int, row: np.ndarray) -> None:
+        wanted = count * self.dtype.size
+        done = 0
+        while done < wanted:
+            place = self._offset + start * self.dtype.size + done
+            try:
+                got = os.preadv(self._descriptor, [row[done:wanted].data], place)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot read tensor '{self._name}' from {self._path}: {error.strerror}"
+                ) from None
+            if got == 0:
+                raise CheckpointError(f"{self._path} ends inside tensor '{self._name}'; it was cut while we read it")
+            done += got
+
+
+class _PickleReader:
+    def __init__(self, path: Path, read: Read) -> None:
+        from mergekit.checkpoint.pickles import PickledTensor
+
+        self.dtype = read.info.dtype
+        self._tensor = PickledTensor(path, read.info.name)
+
+    def read(self, start: int, count: int, row: np.ndarray) -> None:
+        size = self.dtype.size
+        self._tensor.read_into(row[: count * size], start * size)
+
+
+class _Fp8Reader:
+    """Gives float32 values: fp8 numbers times the scale of their block."""
+
+    dtype = F32
+
+    def __init__(self, inputs: Inputs, leaf: Dequantize) -> None:
+        from mergekit.kernels import codec
+
+        info, scale = leaf.input.info, leaf.scale.info
+        self._raw = inputs.reader(leaf.input)
+        rows = info.shape[0] if info.shape else 1
+        self._columns = max(info.size // max(rows, 1), 1)
+        self._blocks = (leaf.rows, leaf.columns)
+        is_e4m3 = info.dtype == F8_E4M3
+        self._table = codec.fp8_table(4, 3, has_infinity=False) if is_e4m3 else codec.fp8_table(5, 2, has_infinity=True)
+        raw = np.empty(scale.nbytes, np.uint8)
+        inputs.reader(leaf.scale).read(0, scale.size, raw)
+        values = np.empty(scale.size, np.float32)
+        codec.decode(raw, codec.CODES[scale.dtype], 0, scale.size, values)
+        self._scale = values.reshape(-(-rows // leaf.rows), -(-self._columns // leaf.columns))
+
+    def read(self, start: int, count: int, row: np.ndarray) -> None:
+        from mergekit.kernels import codec
+
+        raw = np.empty(count, np.uint8)
+        self._raw.read(start, count, raw)
+        out = row[: count * 4].view(np.float32)
+        codec.dequantize_fp8(raw, self._table, self._scale, self._columns, *self._blocks, start, count, out)

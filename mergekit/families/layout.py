@@ -1,0 +1,131 @@
+"""What a model's tensors are, inferred from their names: layer stacks, embeddings, heads, derived buffers.
+
+A name such as ``model.layers.3.mlp.experts.0.w1.weight`` belongs to layer 3 of the stack ``model.layers``: the first
+number in a name that stands alone counts, later ones (experts) are part of the template. A stack is a prefix whose
+numbers run 0, 1, 2, ... without holes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.families.config import layer_count
+
+__all__ = ["Layout", "Place", "Stack", "infer_layout", "is_derived_buffer", "is_embedding", "is_head", "role_of"]
+
+_NUMBERED = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<suffix>.+)$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embeddings|shared|embedding\.word_embeddings)\.weight$"
+)
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|output_layer|lm_head\.(linear|decoder)|predictions\.decoder|vocab_projector|proj_out)"
+    r"\.weight$"
+)
+_DERIVED = re.compile(
+    r"(\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.rotary_pos_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias"
+    r"|(^|\.)embeddings\.(position_ids|token_type_ids))$"
+)
+_FIRST = re.compile(
+    r"embed(?!_out)|wte|wpe|(^|\.)(shared|encoder|vision|visual|multi_modal|patch|positional|relative_pe|rotary|conv\d)"
+)
+_PREFERRED = ("language_model", "text_model", "decoder", "model.layers", "transformer.h")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor's place: layer ``index`` of ``stack`` (None outside stacks), and the rest of its name."""
+
+    stack: str | None
+    index: int
+    suffix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A run of numbered layers: names are ``prefix + number + "." + suffix``."""
+
+    prefix: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """The structure of one model. ``main`` is the stack that recipes mean by layers, if one can be told."""
+
+    stacks: Mapping[str, Stack]
+    main: Stack | None
+
+    def place(self, name: str) -> Place:
+        """Where the tensor ``name`` belongs."""
+        match = _NUMBERED.match(name)
+        if match is None or match["prefix"] not in self.stacks:
+            return Place(None, 0, name)
+        index = int(match["index"])
+        if index >= self.stacks[match["prefix"]].count:
+            return Place(None, 0, name)
+        return Place(match["prefix"], index, match["suffix"])
+
+    def depth(self, name: str) -> float:
+        """The depth t in [0, 1] at which gradients are read for ``name``: 0 outside layers, 1 in a lone layer."""
+        place = self.place(name)
+        if place.stack is None:
+            return 0.0
+        count = self.stacks[place.stack].count
+        return 1.0 if count == 1 else place.index / (count - 1)
+
+
+def infer_layout(names: Iterable[str], config: Mapping[str, Any]) -> Layout:
+    """Find the layer stacks among tensor ``names``; ``config`` says which of them is the main one.
+
+    Layers beyond the number that the config gives (extra prediction heads stored as a last layer) don't belong to
+    the stack.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        match = _NUMBERED.match(name)
+        if match:
+            numbers.setdefault(match["prefix"], set()).add(int(match["index"]))
+    stacks = {prefix: Stack(prefix, len(found)) for prefix, found in numbers.items() if found == set(range(len(found)))}
+    wanted = layer_count(config)
+    main = _choose(list(stacks.values()), wanted)
+    if main is not None and wanted is not None and main.count > wanted:
+        main = Stack(main.prefix, wanted)
+        stacks[main.prefix] = main
+    return Layout(stacks, main)
+
+
+def _choose(stacks: list[Stack], wanted: int | None) -> Stack | None:
+    if wanted is not None:
+        stacks = [s for s in stacks if s.count == wanted] or [s for s in stacks if wanted < s.count <= wanted + 4]
+    if len(stacks) <= 1:
+        return stacks[0] if stacks else None
+    for mark in _PREFERRED:
+        found = [s for s in stacks if mark in s.prefix]
+        if len(found) == 1:
+            return found[0]
+    return max(stacks, key=lambda s: s.count) if wanted is None else stacks[0]
+
+
+def is_embedding(name: str) -> bool:
+    """Whether ``name`` is the table of input embeddings, going by names used in practice."""
+    return _EMBEDDING.search(name) is not None and "position" not in name and "token_type" not in name
+
+
+def is_head(name: str) -> bool:
+    """Whether ``name`` is the matrix that maps hidden states to vocabulary."""
+    return _HEAD.search(name) is not None and _NUMBERED.match(name) is None
+
+
+def is_derived_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor only caches what the config determines (masks, rotary frequencies, position numbers)."""
+    if name.endswith((".attn.bias", ".attention.bias")):
+        return len(shape) == 4
+    return _DERIVED.search(name) is not None
+
+
+def role_of(name: str) -> str:
+    """``first`` for tensors before the layers (embeddings), ``last`` for those after them (norm, heads)."""
+    return "first" if _FIRST.search(name) and not is_head(name) else "last"

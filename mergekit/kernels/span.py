@@ -1,0 +1,104 @@
+"""Kernels of the ``span`` form: weighted sums of models, and the Gram matrix of models or of their deltas.
+
+Buffers are ``raw`` uint8 [models, bytes]: row m holds the same ``count`` elements of model m in its storage type
+``codes[m]``. Arithmetic is float32; the sums of a Gram matrix are float32 inside blocks of 1,024 elements and
+float64 between them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mergekit.kernels.codec import BLOCK, decode, encode
+from mergekit.kernels.jit import kernel, reassociating_kernel
+
+GRAM_BLOCK = 1024
+"""Elements summed in float32 before they are added to the float64 total."""
+
+
+@kernel
+def weighted_sum(
+    raw: np.ndarray, codes: np.ndarray, coefficients: np.ndarray, count: int, out: np.ndarray, out_code: int
+) -> bool:
+    """out = sum_m c_m x_m, rounded once. ``coefficients`` float32 [models]. True if the result is finite."""
+    total = np.empty(BLOCK, np.float32)
+    value = np.empty(BLOCK, np.float32)
+    finite = True
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        decode(raw[0], codes[0], start, size, value)
+        c = coefficients[0]
+        for i in range(size):
+            total[i] = c * value[i]
+        for m in range(1, len(codes)):
+            decode(raw[m], codes[m], start, size, value)
+            c = coefficients[m]
+            for i in range(size):
+                total[i] += c * value[i]
+        finite &= encode(total, size, out, out_code, start)
+    return finite
+
+
+@kernel
+def weighted_delta_sum(
+    raw: np.ndarray,
+    codes: np.ndarray,
+    coefficients: np.ndarray,
+    base: int,
+    count: int,
+    out: np.ndarray,
+    out_code: int,
+) -> bool:
+    """out = b + sum_m c_m (x_m - b) with b = row ``base`` (its own coefficient is not used), rounded once."""
+    total = np.empty(BLOCK, np.float32)
+    value = np.empty(BLOCK, np.float32)
+    origin = np.empty(BLOCK, np.float32)
+    finite = True
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        decode(raw[base], codes[base], start, size, origin)
+        total[:] = 0
+        for m in range(len(codes)):
+            if m == base:
+                continue
+            decode(raw[m], codes[m], start, size, value)
+            c = coefficients[m]
+            for i in range(size):
+                total[i] += c * (value[i] - origin[i])
+        for i in range(size):
+            total[i] += origin[i]
+        finite &= encode(total, size, out, out_code, start)
+    return finite
+
+
+@reassociating_kernel
+def _dot(a: np.ndarray, b: np.ndarray, count: int) -> np.float32:
+    total = np.float32(0)
+    for i in range(count):
+        total += a[i] * b[i]
+    return total
+
+
+@kernel
+def gram(raw: np.ndarray, codes: np.ndarray, base: int, count: int, totals: np.ndarray) -> None:
+    """Add the inner products of ``count`` elements to ``totals`` (float64 [models, models], upper triangle).
+
+    With ``base`` >= 0 the products are those of the deltas x_m - x_base (the base's own row stays zero); with -1,
+    of the models themselves. Deltas are formed element by element: deriving their products from those of the
+    weights would cancel away every digit.
+    """
+    n = len(codes)
+    values = np.empty((n, GRAM_BLOCK), np.float32)
+    for start in range(0, count, GRAM_BLOCK):
+        size = min(GRAM_BLOCK, count - start)
+        for m in range(n):
+            decode(raw[m], codes[m], start, size, values[m])
+        if base >= 0:
+            for m in range(n):
+                if m != base:
+                    for i in range(size):
+                        values[m, i] -= values[base, i]
+            values[base, :] = 0
+        for a in range(n):
+            for b in range(a, n):
+                totals[a, b] += np.float64(_dot(values[a], values[b], size))

@@ -1,0 +1,216 @@
+"""Kernels of the ``sparse`` form: exact k-th magnitudes, keep rules, and the fused merge of sparsified deltas.
+
+The k-th largest |delta| of a tensor is found exactly by radix: a histogram of the upper 15 bits of the float32
+magnitude, then one of the lower 16 bits inside the bin where the k-th falls. No delta is ever held in memory. Among
+elements equal to the k-th magnitude those of lower index are kept.
+
+Buffers are as in ``span``: ``raw`` uint8 [models, bytes], ``codes`` int64 [models]; row ``base`` is the base model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mergekit.kernels.codec import as_bits, decode, encode
+from mergekit.kernels.jit import kernel, reassociating_kernel
+from mergekit.kernels.philox import GROUP, fill_random
+
+KEEP_ALL, KEEP_TOP, KEEP_RANDOM, KEEP_NONE = 0, 1, 2, 3
+COARSE_BINS = 1 << 15
+FINE_BINS = 1 << 16
+_TABLES = 4
+_MAGNITUDE = 0x7FFFFFFF
+
+
+@kernel
+def _deltas(raw: np.ndarray, codes: np.ndarray, base: int, m: int, start: int, origin: np.ndarray, out: np.ndarray,
+            size: int) -> None:  # fmt: skip
+    decode(raw[m], codes[m], start, size, out)
+    for i in range(size):
+        out[i] -= origin[i]
+
+
+@kernel
+def coarse_histogram(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.ndarray, count: int,
+                     totals: np.ndarray) -> None:  # fmt: skip
+    """Count |delta| by its upper 15 bits into ``totals`` (int64 [models, 32768]) for models with ``wanted``."""
+    origin = np.empty(GROUP, np.float32)
+    delta = np.empty(GROUP, np.float32)
+    keys = np.empty(GROUP, np.uint16)
+    # Four tables take turns, so that equal neighbours don't wait for each other's increment.
+    tables = np.zeros((_TABLES, COARSE_BINS), np.uint32)
+    for m in range(len(codes)):
+        if not wanted[m]:
+            continue
+        tables[:] = 0
+        t0, t1, t2, t3 = tables[0], tables[1], tables[2], tables[3]
+        for start in range(0, count, GROUP):
+            size = min(GROUP, count - start)
+            decode(raw[base], codes[base], start, size, origin)
+            _deltas(raw, codes, base, m, start, origin, delta, size)
+            for i in range(size):
+                keys[i] = np.uint16(np.uint32(as_bits(delta[i]) & np.uint32(_MAGNITUDE)) >> np.uint32(16))
+            whole = size // _TABLES * _TABLES
+            for i in range(0, whole, _TABLES):
+                t0[np.uint64(keys[i])] += np.uint32(1)
+                t1[np.uint64(keys[i + 1])] += np.uint32(1)
+                t2[np.uint64(keys[i + 2])] += np.uint32(1)
+                t3[np.uint64(keys[i + 3])] += np.uint32(1)
+            for i in range(whole, size):
+                t0[np.uint64(keys[i])] += np.uint32(1)
+        row = totals[m]
+        for i in range(COARSE_BINS):
+            row[i] += np.int64(t0[i]) + np.int64(t1[i]) + np.int64(t2[i]) + np.int64(t3[i])
+
+
+@kernel
+def fine_histogram(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.ndarray, bins: np.ndarray, count: int,
+                   totals: np.ndarray) -> None:  # fmt: skip
+    """Count the lower 16 bits of the |delta| whose upper bits are ``bins[m]``, into int64 [models, 65536]."""
+    origin = np.empty(GROUP, np.float32)
+    delta = np.empty(GROUP, np.float32)
+    keys = np.empty(GROUP, np.uint32)
+    for start in range(0, count, GROUP):
+        size = min(GROUP, count - start)
+        decode(raw[base], codes[base], start, size, origin)
+        for m in range(len(codes)):
+            if not wanted[m]:
+                continue
+            _deltas(raw, codes, base, m, start, origin, delta, size)
+            wanted_bin = np.uint32(bins[m])
+            hits = np.int32(0)
+            for i in range(size):
+                keys[i] = as_bits(delta[i]) & np.uint32(_MAGNITUDE)
+                hits += np.int32(np.uint32(keys[i] >> np.uint32(16)) == wanted_bin)
+            if hits == 0:
+                continue
+            row = totals[m]
+            for i in range(size):
+                if np.uint32(keys[i] >> np.uint32(16)) == wanted_bin:
+                    row[np.uint64(keys[i] & np.uint32(0xFFFF))] += 1
+
+
+@kernel
+def _keep(delta: np.ndarray, size: int, rule: int, threshold: np.uint32, quota: np.ndarray, m: int,
+          chance: np.uint32, keys: np.ndarray, index: int, random: np.ndarray, kept: np.ndarray) -> None:  # fmt: skip
+    """Copy ``delta`` to ``kept``, with zero for what the rule of model ``m`` drops.
+
+    ``quota[m]`` counts down the ties at the threshold that are still to be kept. (A copy, since storing in place
+    makes the compiler use masked stores, which some processors execute slowly.)
+    """
+    zero = np.float32(0)
+    if rule == KEEP_ALL:
+        kept[:size] = delta[:size]
+        return
+    if rule == KEEP_NONE:
+        kept[:size] = zero
+        return
+    if rule == KEEP_RANDOM:
+        fill_random(index, keys[m, 0], keys[m, 1], random)
+        for i in range(size):
+            kept[i] = delta[i] if random[i] < chance else zero
+        return
+    ties = np.uint32(0)
+    for i in range(size):
+        magnitude = np.uint32(as_bits(delta[i]) & np.uint32(_MAGNITUDE))
+        ties = np.uint32(ties + (np.uint32(1) if magnitude == threshold else np.uint32(0)))
+        kept[i] = delta[i] if magnitude >= threshold else zero
+    left = quota[m]
+    quota[m] = max(left - np.int64(ties), 0)
+    if np.int64(ties) > left:
+        for i in range(size):
+            if np.uint32(as_bits(delta[i]) & np.uint32(_MAGNITUDE)) == threshold:
+                if left > 0:
+                    left -= 1
+                else:
+                    kept[i] = zero
+
+
+@reassociating_kernel
+def _sum_abs(values: np.ndarray, size: int) -> np.float32:
+    total = np.float32(0)
+    for i in range(size):
+        total += abs(values[i])
+    return total
+
+
+@kernel
+def kept_norms(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.ndarray, rules: np.ndarray,
+               thresholds: np.ndarray, quota: np.ndarray, chances: np.ndarray, keys: np.ndarray, index: int,
+               count: int, totals: np.ndarray) -> None:  # fmt: skip
+    """Add to ``totals`` (float64 [models, 2]) the sums of |delta| before and after the keep rule."""
+    origin = np.empty(GROUP, np.float32)
+    delta = np.empty(GROUP, np.float32)
+    kept = np.empty(GROUP, np.float32)
+    random = np.empty(GROUP, np.uint32)
+    for start in range(0, count, GROUP):
+        size = min(GROUP, count - start)
+        decode(raw[base], codes[base], start, size, origin)
+        for m in range(len(codes)):
+            if not wanted[m]:
+                continue
+            _deltas(raw, codes, base, m, start, origin, delta, size)
+            totals[m, 0] += np.float64(_sum_abs(delta, size))
+            _keep(delta, size, rules[m], thresholds[m], quota, m, chances[m], keys, index + start, random, kept)
+            totals[m, 1] += np.float64(_sum_abs(kept, size))
+
+
+@kernel
+def sparse_sum(raw: np.ndarray, codes: np.ndarray, base: int, rules: np.ndarray, thresholds: np.ndarray,
+               quota: np.ndarray, chances: np.ndarray, keys: np.ndarray, weights: np.ndarray, scales: np.ndarray,
+               consensus: bool, normalize: bool, factor: np.float32, index: int, count: int, out: np.ndarray,
+               out_code: int) -> bool:  # fmt: skip
+    """out = base + factor * (sum of kept, scaled and weighted deltas [/ sum of weights]), rounded once.
+
+    With ``consensus`` only the deltas whose sign is that of their weighted sum count (zero sums count as positive),
+    and ``normalize`` divides each element by the sum of |weight| of those; without it, ``factor`` must already
+    contain the normalisation. ``index`` is the place of the first element in its tensor (a multiple of 1024);
+    ``weights`` and ``scales`` are float32 [models]. True if the result is finite.
+    """
+    n = len(codes)
+    origin = np.empty(GROUP, np.float32)
+    delta = np.empty(GROUP, np.float32)
+    deltas = np.empty((n, GROUP), np.float32)
+    total = np.empty(GROUP, np.float32)
+    agreed = np.empty(GROUP, np.float32)
+    weight = np.empty(GROUP, np.float32)
+    random = np.empty(GROUP, np.uint32)
+    finite = True
+    for start in range(0, count, GROUP):
+        size = min(GROUP, count - start)
+        decode(raw[base], codes[base], start, size, origin)
+        total[:] = 0
+        for m in range(n):
+            if m == base:
+                continue
+            kept = deltas[m]
+            _deltas(raw, codes, base, m, start, origin, delta, size)
+            _keep(delta, size, rules[m], thresholds[m], quota, m, chances[m], keys, index + start, random, kept)
+            c = np.float32(weights[m] * scales[m])
+            for i in range(size):
+                kept[i] *= c
+                total[i] += kept[i]
+        if consensus:
+            agreed[:] = 0
+            weight[:] = 0
+            for m in range(n):
+                if m == base:
+                    continue
+                kept = deltas[m]
+                w = abs(weights[m])
+                for i in range(size):
+                    positive = kept[i] > np.float32(0)
+                    negative = kept[i] < np.float32(0)
+                    agrees = positive if total[i] >= np.float32(0) else negative
+                    agreed[i] += kept[i] if agrees else np.float32(0)
+                    weight[i] += w if agrees else np.float32(0)
+            if normalize:
+                for i in range(size):
+                    total[i] = agreed[i] / (weight[i] if weight[i] > np.float32(0) else np.float32(1))
+            else:
+                for i in range(size):
+                    total[i] = agreed[i]
+        for i in range(size):
+            total[i] = origin[i] + factor * total[i]
+        finite &= encode(total, size, out, out_code, start)
+    return finite

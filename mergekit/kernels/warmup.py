@@ -1,0 +1,52 @@
+"""Compile kernels ahead of their use, by calling each on a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numba import config
+
+__all__ = ["FORMS", "cold_forms", "warm_up"]
+
+FORMS = ("span", "sparse")
+"""The families of kernels that are compiled together."""
+
+
+def _marker(form: str) -> Path:
+    return Path(config.CACHE_DIR) / f"{form}.compiled"
+
+
+def cold_forms(forms: Iterable[str] = FORMS) -> list[str]:
+    """Those of ``forms`` that have not been compiled on this machine yet."""
+    return [form for form in forms if not _marker(form).exists()]
+
+
+def warm_up(forms: Iterable[str] = FORMS) -> None:
+    """Compile the kernels of ``forms`` (a few seconds each on a fresh machine, nothing afterwards)."""
+    from mergekit.kernels import cpu
+
+    count = 2048
+    rows = np.zeros((2, count * 4), np.uint8)
+    codes = np.full(2, cpu.CODES[next(iter(cpu.CODES))], np.int64)
+    out, ones = np.empty(count * 2, np.uint8), np.ones(2, np.float32)
+    for form in forms:
+        cpu.checksum(out, 0)
+        cpu.all_finite(rows[0], 0, count)
+        if form == "span":
+            cpu.weighted_sum(rows, codes, ones, count, out, 0)
+            cpu.weighted_delta_sum(rows, codes, ones, 0, count, out, 0)
+            cpu.gram(rows, codes, -1, count, np.zeros((2, 2)))
+        else:
+            flags, whole = np.ones(2, np.bool_), np.zeros(2, np.int64)
+            words, keys = np.zeros(2, np.uint32), np.zeros((2, 2), np.uint32)
+            cpu.coarse_histogram(rows, codes, 0, flags, count, np.zeros((2, cpu.COARSE_BINS), np.int64))
+            cpu.fine_histogram(rows, codes, 0, flags, whole, count, np.zeros((2, cpu.FINE_BINS), np.uint32))
+            cpu.kept_norms(rows, codes, 0, flags, whole, words, whole, words, keys, 0, count, np.zeros((2, 2)))
+            cpu.sparse_sum(rows, codes, 0, whole, words, whole, words, keys, ones, ones, True, True, np.float32(1), 0,
+                           count, out, 0)  # fmt: skip
+        try:
+            _marker(form).touch()
+        except OSError:
+            pass  # the next run compiles again, and says so again

@@ -1,0 +1,91 @@
+"""The model card: what was merged, how, and whom to cite. No local path ever appears in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mergekit.methods import get_method
+from mergekit.planning.plan import Plan
+
+__all__ = ["model_card"]
+
+_TEMPLATE = """\
+---
+{%- if hub_names %}
+base_model:
+{%- for name in hub_names %}
+- {{ name | tojson }}
+{%- endfor %}
+{%- endif %}
+library_name: transformers
+tags:
+- mergekit
+- merge
+---
+# {{ title }}
+
+This model was made by merging pretrained language models with [mergekit](https://github.com/arcee-ai/mergekit)
+{{ version }}.
+
+## How it was made
+
+Method: [{{ method.title }}]({{ method.url }}){% if base %}, with **{{ base }}** as the base model{% endif %}.
+{{ method.summary }}
+
+Models:
+{% for name in models %}
+* {{ name }}
+{%- endfor %}
+
+{{ parameters }} parameters in {{ dtypes }}; config and tokenizer are those of {{ donor }}.
+{%- if warnings %}
+
+Noted while planning:
+{% for warning in warnings %}
+* {{ warning }}
+{%- endfor %}
+{%- endif %}
+
+The recipe:
+
+```yaml
+{{ recipe }}
+```
+
+## Reference
+
+{{ method.paper }}. <{{ method.url }}>
+"""
+
+
+def model_card(plan: Plan, title: str) -> str:
+    """README.md for the result of ``plan``. ``title`` is usually the name of the output folder."""
+    from jinja2 import Environment, StrictUndefined
+
+    shorts = [source.short for source in plan.sources]
+    hub = [s.short for s in plan.sources if "/" in s.short and not Path(s.reference).exists()]
+    dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
+    text = Environment(undefined=StrictUndefined, autoescape=False).from_string(_TEMPLATE)
+    return text.render(
+        title=title,
+        version=plan.version,
+        method=get_method(plan.method),
+        models=shorts,
+        hub_names=hub,
+        base=None if plan.base is None else shorts[plan.base],
+        donor=shorts[plan.donor],
+        parameters=f"{plan.parameters:,}",
+        dtypes=" and ".join(dtypes) or "integers",
+        warnings=[_without_paths(w, plan) for w in plan.warnings],
+        recipe=_without_paths(plan.recipe.rstrip(), plan),
+    )
+
+
+def _without_paths(text: str, plan: Plan) -> str:
+    """``text`` with each local path of a source replaced by the model's short name."""
+    for source in plan.sources:
+        if source.reference != source.short:
+            text = text.replace(source.reference, source.short)
+        if len(source.folder) > 1:
+            text = text.replace(source.folder, source.short)
+    return text

@@ -1,0 +1,279 @@
+"""The staging folder: preallocated shards inside the output folder, written at final offsets, published at the end.
+
+Nothing in the output folder looks like a model until everything is there: shards are renamed into place first, then
+the index, then the small files, and config.json last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mergekit.errors import DiskSpaceError, RunError, UsageError
+from mergekit.output.journal import Journal
+from mergekit.planning.plan import OutputTensor, Plan
+
+__all__ = ["STAGING", "Staging", "holds_weights"]
+
+STAGING = ".mergekit-staging"
+_MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
+_COMMIT_BYTES = 1 << 30
+_COMMIT_SECONDS = 5.0
+
+
+class Staging:
+    """The work in progress inside an output folder: a ``Sink`` for the executor, and a context manager.
+
+    Leaving the context without ``publish`` keeps the finished tensors for the next run of the same plan.
+    """
+
+    def __init__(self, out: Path, plan: Plan, *, overwrite: bool = False, restart: bool = False) -> None:
+        self.out, self.folder, self._plan = out, out / STAGING, plan
+        self._overwrite, self._restart = overwrite, restart
+        self._files: dict[str, int] = {}
+        self._lock_file: int | None = None
+        self._lock = threading.Lock()
+        self._finished: list[tuple[OutputTensor, int]] = []
+        self._uncommitted = 0
+        self._last_commit = time.monotonic()
+        self._wake = threading.Condition(self._lock)
+        self._closing = False
+        self._committer: threading.Thread | None = None
+        self._fault: BaseException | None = None
+        self.notes: list[str] = []
+
+    def __enter__(self) -> Staging:
+        """Lock the folder, check space, create or reopen the shards."""
+        _make_folder(self.out)
+        self._take_lock()
+        try:
+            if self._restart and self.folder.exists():
+                shutil.rmtree(self.folder)
+            _make_folder(self.folder)
+            self.journal = Journal(self.folder / "journal", self._plan)
+            fresh = self.journal.open()
+            for shard in self._plan.shards:
+                self._open_shard(shard.name, shard.size, shard.header, fresh)
+            self.done = self.journal.verify(self._plan, self._files)
+            self._committer = threading.Thread(target=self._commit_loop, name="committer", daemon=True)
+            self._committer.start()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Commit what is finished and close everything; the staging folder stays unless it was published."""
+        self._stop_committer()
+        try:
+            if kind is not None and self.folder.exists():
+                self._commit()
+        except OSError:
+            pass  # the run has failed already; what can't be committed is computed again
+        finally:
+            self._close()
+
+    def remaining(self) -> list[OutputTensor]:
+        """The tensors that no earlier run has finished."""
+        return [output for output in self._plan.outputs if output.name not in self.done]
+
+    # The sink
+
+    def write(self, output: OutputTensor, start: int, data: np.ndarray) -> None:
+        """Write ``data`` (uint8) at byte ``start`` of a tensor."""
+        descriptor, place, view = self._files[output.file], output.offset + start, memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(descriptor, view, place)
+                view, place = view[written:], place + written
+        except OSError as error:
+            raise _write_fault(error, self.out) from None
+
+    def finish(self, output: OutputTensor, checksum: int) -> None:
+        """Queue a finished tensor for the journal."""
+        with self._wake:
+            if self._fault is not None:
+                raise self._fault
+            self._finished.append((output, checksum))
+            self._uncommitted += output.nbytes
+            if self._uncommitted >= _COMMIT_BYTES:
+                self._wake.notify()
+
+    def note(self, text: str) -> None:
+        """Keep a remark for the end of the run."""
+        with self._lock:
+            self.notes.append(text)
+
+    # Commits
+
+    def _commit_loop(self) -> None:
+        while True:
+            with self._wake:
+                due = self._last_commit + _COMMIT_SECONDS - time.monotonic()
+                if not self._closing and self._uncommitted < _COMMIT_BYTES and due > 0:
+                    self._wake.wait(due)
+                if self._closing:
+                    return
+                ready = self._uncommitted >= _COMMIT_BYTES or time.monotonic() - self._last_commit >= _COMMIT_SECONDS
+            if ready:
+                try:
+                    self._commit()
+                except OSError as error:
+                    with self._wake:
+                        self._fault = _write_fault(error, self.out)
+                    return
+
+    def _commit(self) -> None:
+        """Bring the shards to the disk, then say in the journal which tensors are there."""
+        with self._lock:
+            batch, self._finished, self._uncommitted = self._finished, [], 0
+        for file in dict.fromkeys(output.file for output, _ in batch):
+            os.fsync(self._files[file])
+        self.journal.append(batch)
+        self._last_commit = time.monotonic()
+
+    def _stop_committer(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._committer is not None:
+            self._committer.join()
+
+    # Publishing
+
+    def publish(self, documents: Sequence[tuple[str, str | Path]]) -> None:
+        """Make the result visible: shards, then the small ``documents`` in the given order; then remove the staging.
+
+        Each document is (name, text) or (name, path of a file to copy). Whatever is last (config.json) makes the
+        folder a model. Files of a model that stood here before are removed first (only with ``overwrite``).
+        """
+        self._stop_committer()
+        try:
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+            for name, content in documents:
+                _write_document(self.folder / name, content)
+            if self._overwrite:
+                _remove_old_model(self.out)
+            for shard in self._plan.shards:
+                os.replace(self.folder / shard.name, self.out / shard.name)
+            for name, _ in documents:
+                os.replace(self.folder / name, self.out / name)
+            _sync_folder(self.out)
+            self._close_files()
+            self.journal.close()
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            raise _write_fault(error, self.out) from None
+
+    # Files
+
+    def _open_shard(self, name: str, size: int, header: bytes, fresh: bool) -> None:
+        path = self.folder / name
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            self._files[name] = descriptor
+            if fresh or os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, 0)
+                self.notes += _allocate(descriptor, size)
+            os.pwrite(descriptor, header, 0)
+        except OSError as error:
+            raise _write_fault(error, self.out) from None
+
+    def _take_lock(self) -> None:
+        """Lock the output folder itself: the lock dies with this process and leaves no file behind."""
+        try:
+            import fcntl
+        except ImportError:  # not on this system: go on without
+            return
+        self._lock_file = os.open(self.out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock_file)
+            self._lock_file = None
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UsageError(
+                    f"another merge is writing to {self.out}; wait for it, or choose another folder"
+                ) from None
+            self.notes.append(f"{self.out} can't be locked on this file system; don't run two merges into it")
+
+    def _close_files(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _close(self) -> None:
+        self._close_files()
+        if hasattr(self, "journal"):
+            self.journal.close()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+
+def _allocate(descriptor: int, size: int) -> list[str]:
+    """Reserve the blocks of a file, which makes writing it several times faster; a note where that can't be done."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.ftruncate(descriptor, size)
+        return ["this file system can't reserve space ahead; writing is slower"]
+    return []
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
+def _write_document(path: Path, content: str | Path) -> None:
+    with path.open("wb") as stream:
+        if isinstance(content, Path):
+            with content.open("rb") as source:
+                shutil.copyfileobj(source, stream)
+        else:
+            stream.write(content.encode("utf-8"))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some systems can't; the renames are then only as safe as the file system makes them
+    finally:
+        os.close(descriptor)
+
+
+def holds_weights(folder: Path) -> list[str]:
+    """The files of ``folder`` that loaders would take for a model's weights, or for an index of them."""
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and _MODEL_FILE.match(p.name))
+
+
+def _remove_old_model(folder: Path) -> None:
+    (folder / "config.json").unlink(missing_ok=True)
+    for name in sorted(holds_weights(folder), key=lambda n: not n.endswith(".index.json")):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_fault(error: OSError, folder: Path) -> RunError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(f"no space left for {folder}; free some and run the same command again: it continues")
+    return RunError(f"cannot write to {folder}: {error.strerror or error}")

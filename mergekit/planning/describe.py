@@ -1,0 +1,120 @@
+"""A plan in terms that people read: groups of like tensors, what they are made of, with which parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, OutputTensor, Plan, Rows, leaves
+
+__all__ = ["Group", "describe", "groups"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(slots=True)
+class Group:
+    """Output tensors of one template, made in the same way.
+
+    ``parameters`` maps each name to its values over the tensors, in order; ``sources`` are positions in the plan.
+    """
+
+    template: str
+    action: str
+    sources: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    tensors: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    parameters: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def groups(plan: Plan) -> list[Group]:
+    """The plan's output tensors by template, in order of first appearance."""
+    found: dict[Any, Group] = {}
+    for output in plan.outputs:
+        action, sources = _action(output.expression)
+        key = (_NUMBER.sub("{n}", output.name), action, sources, output.shape, output.dtype)
+        group = found.setdefault(key, Group(key[0], action, sources, output.shape, output.dtype.name))
+        _add(group, output)
+    return list(found.values())
+
+
+def _add(group: Group, output: OutputTensor) -> None:
+    group.tensors.append(output.name)
+    group.bytes_written += output.nbytes
+    group.bytes_read += sum(read.info.nbytes for read in leaves(output.expression))
+    if isinstance(output.expression, Apply):
+        for name, value in output.expression.parameters:
+            group.parameters.setdefault(name.rstrip("_"), []).append(value)
+
+
+def _action(expression: Expression) -> tuple[str, tuple[int, ...]]:
+    sources = tuple(dict.fromkeys(read.source for read in leaves(expression)))
+    if isinstance(expression, Apply):
+        return expression.method, tuple(next(leaves(leaf)).source for leaf in expression.inputs)
+    if isinstance(expression, Identical):
+        return "copy if identical", sources
+    if isinstance(expression, Cast):
+        return "copy, cast", sources
+    if isinstance(expression, Dequantize):
+        return "dequantize", sources
+    return ("copy rows" if isinstance(expression, Rows) else "copy"), sources
+
+
+def span_text(values: Sequence[Any]) -> str:
+    """One value, or the range that values run through: ``0.5`` or ``0 .. 1``; for each model in turn.
+
+    >>> span_text([(0.1, 0.5), (0.9, 0.5)])
+    '(0.1 .. 0.9, 0.5)'
+    """
+    first, last = values[0], values[-1]
+    if isinstance(first, tuple):
+        return "(" + ", ".join(span_text([value[i] for value in values]) for i in range(len(first))) + ")"
+    if all(value == first for value in values):
+        return f"{first:g}" if isinstance(first, float) else str(first)
+    return f"{first:g} .. {last:g}" if isinstance(first, float) else f"{first} .. {last}"
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data for machines (JSON)."""
+    return {
+        "mergekit": plan.version,
+        "method": plan.method,
+        "seed": plan.seed,
+        "digest": plan.digest(),
+        "device": plan.device,
+        "base": None if plan.base is None else plan.sources[plan.base].reference,
+        "models": [source.reference for source in plan.sources],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "parameters": plan.parameters,
+        "shards": [{"file": shard.name, "bytes": shard.size} for shard in plan.shards],
+        "files": [{"from": plan.sources[source].reference, "name": name} for source, name in plan.files],
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+        "left_out": [
+            {"model": plan.sources[source].reference, "tensor": name, "reason": reason}
+            for source, name, reason in plan.left_out
+        ],
+        "tensors": [
+            {
+                "name": output.name,
+                "shape": list(output.shape),
+                "dtype": output.dtype.name,
+                "file": output.file,
+                "offset": output.offset,
+                "bytes": output.nbytes,
+                "action": _action(output.expression)[0],
+                "inputs": [
+                    {"model": plan.sources[read.source].reference, "tensor": read.info.name, "file": read.info.file}
+                    for read in leaves(output.expression)
+                ],
+                "parameters": dict(output.expression.parameters) if isinstance(output.expression, Apply) else {},
+            }
+            for output in plan.outputs
+        ],
+    }

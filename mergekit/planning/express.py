@@ -1,0 +1,242 @@
+"""Decide how each output tensor is computed: shapes, dtypes, missing tensors, resolved parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mergekit.checkpoint import TensorInfo
+from mergekit.dtypes import DType, promote, recipe_dtype
+from mergekit.errors import IncompatibleError
+from mergekit.families.config import vocab_size
+from mergekit.families.layout import is_embedding, is_head
+from mergekit.methods.spec import ParameterError, Span
+from mergekit.planning.models import Models, scale_of
+from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, Leaf, Read, Rows
+from mergekit.planning.slots import Contribution, Slot
+from mergekit.recipe import Recipe
+from mergekit.recipe.resolve import InputScope, MissingParameterError, resolve_parameters
+from mergekit.refs import ModelReference
+
+__all__ = ["Expresser", "Made"]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What an output tensor is: name, shape, element type and expression."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    expression: Expression
+
+
+@dataclass(slots=True, eq=False)
+class Expresser:
+    """Turns slots into expressions, gathering warnings, tensors left out and the vocabulary's new size on the way."""
+
+    recipe: Recipe
+    models: Models
+    truncate: bool
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    rows: int | None = None
+    _by_model: dict[ModelReference, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Read ``input_model_parameters`` once."""
+        for name, values in (self.recipe.config.input_model_parameters or {}).items():
+            self._by_model[ModelReference.parse(name)] = values
+
+    def make(self, slot: Slot) -> Made | None:
+        """The output tensor of ``slot``; None if it is left out (a warning says so)."""
+        present = [c for c in slot.contributions if c.info is not None]
+        if not present:
+            return None
+        if slot.is_copy:
+            keep = next((c for c in present if c.model == self.models.donor), present[0])
+            return self._copy(slot, keep)
+        present = self._with_missing(slot, present)
+        infos = [c.info for c in present if c.info is not None]
+        if not all(info.dtype.is_float or info.dtype.kind == "fp8" for info in infos):
+            return self._identical(slot, present, infos)
+        leaves, shape = self._leaves(slot, present, infos)
+        dtype = self._dtype(infos)
+        base = next((i for i, c in enumerate(present) if c.model == slot.base), None)
+        if len(present) == 1 and self._passes_alone(slot, present[0]):
+            return Made(slot.name, shape, dtype, _cast(leaves[0], dtype))
+        order = list(range(len(present)))
+        if self.recipe.method.base == "required" and base is not None:
+            order = [base, *(i for i in order if i != base)]
+        elif self.recipe.method.base == "required":
+            raise IncompatibleError(
+                f"cannot merge {slot.name}: the base model lacks it, and '{self.recipe.method.name}' needs the base's copy"
+                + self._table(slot)
+            )
+        parameters = self._parameters(slot, present, base, order)
+        ordered = tuple(leaves[i] for i in order)
+        apply = Apply(
+            self.recipe.method.name,
+            ordered,
+            tuple(present[i].model for i in order),
+            self.recipe.method.base == "required",
+            tuple(sorted(parameters.items())),
+        )
+        return Made(slot.name, shape, dtype, self._simplify(slot, apply, parameters, dtype))
+
+    def _with_missing(self, slot: Slot, present: list[Contribution]) -> list[Contribution]:
+        """Models that lack a tensor take no part in it, with a warning; a stand-in for a tied head needs none."""
+        missing = [c for c in slot.contributions if c.info is None]
+        if missing and len(slot.contributions) > 1:
+            names = ", ".join(self.models[c.model].reference.short for c in missing)
+            self._warn(f"{names} lack(s) these tensors, which are made from the other models", slot.name)
+        return present
+
+    def _passes_alone(self, slot: Slot, only: Contribution) -> bool:
+        if len(slot.contributions) == 1:
+            return False
+        if self.recipe.method.lone == "pass":
+            return True
+        return self.recipe.method.base == "required" and only.model == slot.base
+
+    def _copy(self, slot: Slot, only: Contribution) -> Made:
+        assert only.info is not None
+        return Made(slot.name, only.info.shape, only.info.dtype, Read(only.model, only.info))
+
+    def _identical(self, slot: Slot, present: Sequence[Contribution], infos: Sequence[TensorInfo]) -> Made:
+        first = infos[0]
+        if any((i.dtype, i.shape) != (first.dtype, first.shape) for i in infos):
+            raise IncompatibleError(
+                f"cannot merge {slot.name}: integer tensors must be the same in every model" + self._table(slot)
+            )
+        reads = tuple(Read(c.model, info) for c, info in zip(present, infos, strict=True))
+        return Made(slot.name, first.shape, first.dtype, reads[0] if len(reads) == 1 else Identical(reads))
+
+    def _leaves(
+        self, slot: Slot, present: Sequence[Contribution], infos: Sequence[TensorInfo]
+    ) -> tuple[list[Leaf], tuple[int, ...]]:
+        reads: list[Leaf] = [self._leaf(c.model, info) for c, info in zip(present, infos, strict=True)]
+        shapes = {info.shape for info in infos}
+        if len(shapes) == 1:
+            return reads, infos[0].shape
+        rest = {shape[1:] for shape in shapes}
+        if len(rest) == 1 and all(shape for shape in shapes) and self._has_vocabulary(slot.name, present):
+            rows = min(shape[0] for shape in shapes)
+            self.rows = rows if self.rows is None else min(self.rows, rows)
+            self._warn(f"vocabularies differ in size: only the first {rows} rows are kept", slot.name)
+            return [self._cut(leaf, info, rows) for leaf, info in zip(reads, infos, strict=True)], (
+                rows,
+                *infos[0].shape[1:],
+            )
+        raise IncompatibleError(
+            f"cannot merge {slot.name}: shapes differ" + self._table(slot) + "\nThese models don't fit together; "
+            "merge models that were fine-tuned from the same base."
+        )
+
+    def _leaf(self, model: int, info: TensorInfo) -> Leaf:
+        read = Read(model, info)
+        if info.dtype.kind != "fp8":
+            return read
+        tensors = self.models[model].checkpoint.tensors
+        scale = scale_of(info.name, tensors)
+        assert scale is not None, "refused when the checkpoint was opened"
+        return Dequantize(read, Read(model, tensors[scale.tensor]), scale.rows, scale.columns)
+
+    def _cut(self, leaf: Leaf, info: TensorInfo, rows: int) -> Leaf:
+        if info.shape[0] == rows:
+            return leaf
+        if not isinstance(leaf, Read):
+            raise IncompatibleError(f"cannot cut the fp8 tensor {info.name} to {rows} rows; dequantise the model first")
+        return Rows(leaf, rows)
+
+    def _has_vocabulary(self, name: str, present: Sequence[Contribution]) -> bool:
+        if is_embedding(name) or is_head(name):
+            return True
+        sizes = [vocab_size(self.models[c.model].config) for c in present]
+        return all(c.info is not None and c.info.shape[0] == size for c, size in zip(present, sizes, strict=True))
+
+    def _dtype(self, infos: Sequence[TensorInfo]) -> DType:
+        config = self.recipe.config
+        text = config.out_dtype or config.dtype
+        chosen = recipe_dtype(text) if text else None
+        return chosen or promote(info.dtype for info in infos)
+
+    def _parameters(
+        self, slot: Slot, present: Sequence[Contribution], base: int | None, order: Sequence[int]
+    ) -> dict[str, Any]:
+        scopes = [
+            InputScope(
+                _filter_name(slot, present[i]),
+                present[i].own,
+                self._by_model.get(self.models[present[i].model].reference, {}),
+                i == base,
+            )
+            for i in order
+        ]
+        try:
+            return resolve_parameters(self.recipe.method, slot.name, slot.t, scopes, slot.scope, slot.outer)
+        except MissingParameterError as error:
+            whose = "" if error.index is None else f" for {self.models[present[order[error.index]].model].reference}"
+            where = (
+                "under 'parameters'" if error.index is None else "under the model's 'parameters', or at the top level"
+            )
+            raise self.recipe.fault(
+                f"'{self.recipe.method.name}' needs '{error.name}'{whose} (tensor {slot.name}); give it {where}",
+                *slot.path,
+            ) from None
+        except ParameterError as error:
+            raise self.recipe.fault(f"{error} (tensor {slot.name})", *slot.path) from None
+
+    def _simplify(self, slot: Slot, apply: Apply, parameters: dict[str, Any], dtype: DType) -> Expression:
+        """Call the method where it needs no data: faults show now, and a plain copy is planned as one."""
+        form = self.recipe.method.form
+        if isinstance(form, Span) and form.gram:
+            return apply
+        arguments = dict(parameters)
+        try:
+            result = (
+                self.recipe.method.function(None, **arguments)
+                if isinstance(form, Span)
+                else self.recipe.method.function(**arguments)
+            )
+        except ParameterError as error:
+            raise self.recipe.fault(f"{error} (tensor {slot.name})", *slot.path) from None
+        if isinstance(form, Span) and form.space == "weights":
+            chosen = np.flatnonzero(result)
+            if len(chosen) == 1 and result[chosen[0]] == 1.0:
+                return _cast(apply.inputs[int(chosen[0])], dtype)
+        if len(apply.inputs) == 1 and apply.has_base:
+            return _cast(apply.inputs[0], dtype)
+        return apply
+
+    def _table(self, slot: Slot) -> str:
+        lines = []
+        for c in slot.contributions:
+            model = self.models[c.model]
+            what = "has no such tensor" if c.info is None else f"{c.info}  {c.info.file}"
+            lines.append(f"\n  {model.reference}  {what}")
+        return "".join(lines[:6])
+
+    def _warn(self, text: str, tensor: str) -> None:
+        self.warnings.setdefault(text, []).append(tensor)
+
+    def all_warnings(self) -> list[str]:
+        """The warnings, each with the tensors that it concerns (named up to three)."""
+        return [
+            f"{text}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for text, names in self.warnings.items()
+        ]
+
+
+def _filter_name(slot: Slot, contribution: Contribution) -> str:
+    """The name that filters see: the tensor's own in that model; for a stand-in, the name it stands in for."""
+    return slot.name if contribution.tied else contribution.name
+
+
+def _cast(leaf: Leaf, dtype: DType) -> Expression:
+    source = leaf.input if isinstance(leaf, Rows) else leaf
+    if isinstance(source, Dequantize):
+        return Cast(leaf)
+    return leaf if source.info.dtype == dtype else Cast(leaf)

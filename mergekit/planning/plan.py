@@ -1,0 +1,194 @@
+"""The plan of a merge: pure, frozen data that can be printed, hashed, pickled and sent to another machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from mergekit.checkpoint import FileIdentity, TensorInfo
+from mergekit.dtypes import DType
+
+__all__ = [
+    "Apply",
+    "Dequantize",
+    "Expression",
+    "Identical",
+    "OutputTensor",
+    "Plan",
+    "Read",
+    "Rows",
+    "Shard",
+    "Source",
+    "leaves",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A tensor of source ``source``, as it is on disk."""
+
+    source: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The first ``count`` rows (along axis 0) of a tensor."""
+
+    input: Read
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantize:
+    """An fp8 matrix times its scales, one scale for each block of ``rows`` x ``columns`` elements; float32."""
+
+    input: Read
+    scale: Read
+    rows: int
+    columns: int
+
+
+Leaf = Read | Rows | Dequantize
+
+
+@dataclass(frozen=True, slots=True)
+class Identical:
+    """Integer or boolean tensors that must be equal byte for byte; the result is the first of them."""
+
+    inputs: tuple[Read, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A merge method on tensors of one shape.
+
+    ``models`` are the recipe positions of the inputs (they key the random masks). ``has_base``: the first input is
+    the base. ``parameters`` are the keyword arguments of the method's function, resolved for this tensor.
+    """
+
+    method: str
+    inputs: tuple[Leaf, ...]
+    models: tuple[int, ...]
+    has_base: bool
+    parameters: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """One tensor in another element type."""
+
+    input: Leaf
+
+
+Expression = Leaf | Identical | Apply | Cast
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the result: what computes it, and the file and absolute byte offset where it will stand."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    file: str
+    offset: int
+    nbytes: int
+    expression: Expression
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input model: the reference as written, its folder, and the state of its weight files."""
+
+    reference: str
+    short: str
+    folder: str
+    files: tuple[FileIdentity, ...]
+    pickled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its final name, its header bytes, and its size."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a run will do.
+
+    ``files`` are the small files to copy: (source, name). ``config`` and ``index`` are the JSON texts to write;
+    ``left_out`` lists input tensors that go nowhere, as (source, tensor, reason). ``device`` is part of the digest
+    because accelerators agree with the CPU only within a tolerance.
+    """
+
+    version: str
+    method: str
+    seed: int
+    sources: tuple[Source, ...]
+    base: int | None
+    donor: int
+    outputs: tuple[OutputTensor, ...]
+    shards: tuple[Shard, ...]
+    config: str
+    index: str | None
+    files: tuple[tuple[int, str], ...]
+    left_out: tuple[tuple[int, str, str], ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    recipe: str
+    device: str = "cpu"
+    allow_nonfinite: bool = False
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of all shards, in bytes."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of every input tensor in use, each counted once per output tensor that uses it."""
+        return sum(read.info.nbytes for output in self.outputs for read in leaves(output.expression))
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of the result."""
+        return sum(output.nbytes // output.dtype.size for output in self.outputs)
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the parts that a resumed run must share, by the word used in messages."""
+        sources = [[s.reference, [dataclasses.astuple(f) for f in s.files]] for s in self.sources]
+        work = [(o.name, o.file, o.offset, repr(o.expression), o.dtype.code) for o in self.outputs]
+        parts = {
+            "mergekit's version": self.version,
+            "the device": self.device,
+            "the input files": json.dumps(sources),
+            "the recipe or its options": json.dumps([work, self.seed, self.config, self.allow_nonfinite]),
+        }
+        return {word: blake2b(text.encode(), digest_size=12).hexdigest() for word, text in parts.items()}
+
+    def digest(self) -> str:
+        """One digest over everything that decides the output's bytes."""
+        return blake2b(json.dumps(self.identity()).encode(), digest_size=12).hexdigest()
+
+
+def leaves(expression: Expression) -> Iterator[Read]:
+    """Every tensor that an expression reads."""
+    if isinstance(expression, Read):
+        yield expression
+    elif isinstance(expression, Rows | Cast):
+        yield from leaves(expression.input)
+    elif isinstance(expression, Dequantize):
+        yield expression.input
+        yield expression.scale
+    else:
+        for part in expression.inputs:
+            yield from leaves(part)

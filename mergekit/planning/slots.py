@@ -1,0 +1,272 @@
+"""Which tensors the output has, and which input tensors each of them is made of: layers mapped, names aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.checkpoint import TensorInfo
+from mergekit.errors import IncompatibleError
+from mergekit.families.align import alias_prefix, find_alias
+from mergekit.families.config import LayerSource
+from mergekit.families.layout import is_derived_buffer, is_head, role_of
+from mergekit.planning.models import Model, Models
+from mergekit.recipe import Recipe
+from mergekit.recipe.schema import InputModelDefinition, OutputSliceDefinition
+
+__all__ = ["Contribution", "Slot", "Slots", "find_slots"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contribution:
+    """One input of an output tensor: the model, its tensor (None: it has none), and the parameters it carries.
+
+    ``name`` is what the tensor is called there (or would be); ``tied``: it is the embedding, standing in for a head.
+    """
+
+    model: int
+    name: str
+    info: TensorInfo | None
+    own: Mapping[str, Any]
+    tied: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """One output tensor before it is decided how to compute it. ``path`` is its place in the recipe."""
+
+    name: str
+    t: float
+    contributions: tuple[Contribution, ...]
+    base: int | None
+    scope: Mapping[str, Any]
+    outer: tuple[Mapping[str, Any], ...]
+    path: tuple[str | int, ...]
+    is_copy: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """Every output tensor; where stacking changed the layers, ``layers`` says where each comes from."""
+
+    slots: tuple[Slot, ...]
+    layers: tuple[LayerSource, ...] | None
+    left_out: tuple[tuple[int, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Input:
+    """A source of a slice: its model, first layer, own parameters, and how the lead's names turn into its names."""
+
+    model: int
+    start: int
+    own: Mapping[str, Any]
+    alias: tuple[str, str] | None
+
+
+def find_slots(recipe: Recipe, models: Models) -> Slots:
+    """Map the recipe onto tensors. IncompatibleError where layers don't line up."""
+    config = recipe.config
+    if config.modules:
+        only = list(config.modules)
+        if only != ["default"]:
+            raise recipe.fault(
+                "modules other than 'default' are not built yet; a plain 'models' or 'slices' recipe merges every "
+                "part of a model",
+                "modules",
+                next(name for name in only if name != "default"),
+            )
+        module = config.modules["default"]
+        outer = (module.parameters or {}, config.parameters or {})
+        path: tuple[str | int, ...] = ("modules", "default")
+        finder = _Finder(recipe, models, outer, path)
+        return finder.stack(module.slices) if module.slices else finder.whole(module.models or [])
+    finder = _Finder(recipe, models, (config.parameters or {},), ())
+    return finder.stack(config.slices) if config.slices else finder.whole(config.models or [])
+
+
+class _Finder:
+    """The work of ``find_slots`` for one module."""
+
+    def __init__(
+        self, recipe: Recipe, models: Models, outer: tuple[Mapping[str, Any], ...], path: tuple[str | int, ...]
+    ) -> None:
+        self.recipe, self.models, self.outer, self.path = recipe, models, outer, path
+        self.used: set[tuple[int, str]] = set()
+        self.slots: list[Slot] = []
+
+    def whole(self, entries: Sequence[InputModelDefinition]) -> Slots:
+        """Whole models: every tensor of the donor, from all models."""
+        donor = self.models[self.models.donor]
+        inputs = []
+        for entry in entries:
+            inputs.append(self._input(self.models.position(entry.model), 0, entry.parameters or {}, donor))
+        if self.models.base is not None and self.models.base not in [i.model for i in inputs]:
+            inputs.append(self._input(self.models.base, 0, {}, donor))
+        for i, item in enumerate(inputs):
+            self._same_depth(donor, self.models[item.model], (*self.path, "models", min(i, len(entries) - 1)))
+        for name in self._in_order(donor, donor.tensors):
+            self._add(name, name, donor.layout.depth(name), inputs, self.models.base, {}, (*self.path, "models"))
+        self._add_untied_head(donor, inputs, {}, (*self.path, "models"))
+        return Slots(tuple(self.slots), None, self._left_out([i.model for i in inputs]))
+
+    def stack(self, outputs: Sequence[OutputSliceDefinition]) -> Slots:
+        """Slices: layers renumbered 0, 1, 2, ...; what stands before them is the first slice's, after them the last's."""
+        donor = self.models[self.models.donor]
+        if donor.layout.main is None:
+            raise IncompatibleError(f"{donor.reference}: no numbered layers found, so it can't be sliced")
+        layers: list[LayerSource] = []
+        involved: list[int] = []
+        plans = [self._slice(i, output, donor) for i, output in enumerate(outputs)]
+        for role, (inputs, base, scope, path, _, lead) in (("first", plans[0]), ("last", plans[-1])):
+            names = [n for n in self._in_order(lead, lead.tensors) if not self._in_main(lead, n) and role_of(n) == role]
+            if role == "last":
+                self._add_layers(plans, donor, layers)
+            for name in names:
+                self._add(name, name, lead.layout.depth(name), inputs, base, scope, path)
+            if role == "last":
+                self._add_untied_head(lead, inputs, scope, path)
+        for inputs, *_ in plans:
+            involved += [i.model for i in inputs if i.model not in involved]
+        return Slots(tuple(self.slots), tuple(layers), self._left_out(involved, sliced=True))
+
+    def _add_layers(self, plans: list[Any], donor: Model, layers: list[LayerSource]) -> None:
+        assert donor.layout.main is not None
+        for inputs, base, scope, path, length, lead in plans:
+            start = next(i.start for i in inputs if self.models[i.model] is lead)
+            stack = lead.layout.main
+            for k in range(length):
+                t = 1.0 if length == 1 else k / (length - 1)
+                prefix = f"{stack.prefix}{start + k}."
+                for name in self._in_order(lead, [n for n in lead.tensors if n.startswith(prefix)]):
+                    suffix = name.removeprefix(prefix)
+                    output = f"{donor.layout.main.prefix}{len(layers)}.{suffix}"
+                    self._add(output, name, t, inputs, base, scope, path, offset=k, suffix=suffix)
+                layers.append((lead.config, start + k))
+
+    def _slice(self, i: int, output: OutputSliceDefinition, donor: Model) -> Any:
+        path = (*self.path, "slices", i)
+        base = self.models.base if output.base_model is None else self.models.position(output.base_model)
+        lengths = []
+        for j, source in enumerate(output.sources):
+            position = self.models.position(source.model)
+            model = self.models[position]
+            start, end = source.layer_range
+            if model.layout.main is None:
+                raise IncompatibleError(f"{model.reference}: no numbered layers found, so it can't be sliced")
+            if end > model.layout.main.count:
+                raise self.recipe.fault(
+                    f"layer_range [{start}, {end}) goes beyond {model.reference}, which has {model.layout.main.count} layers",
+                    *path, "sources", j, "layer_range",
+                )  # fmt: skip
+            lengths.append(end - start)
+            if lengths[j] != lengths[0]:
+                raise self.recipe.fault(
+                    f"this source has {lengths[j]} layers, but the first one of the slice has {lengths[0]}",
+                    *path, "sources", j, "layer_range",
+                )  # fmt: skip
+        positions = [self.models.position(s.model) for s in output.sources]
+        lead = self.models[base if base in positions else positions[0]]  # type: ignore[arg-type]
+        inputs = [
+            self._input(p, s.layer_range[0], s.parameters or {}, lead)
+            for p, s in zip(positions, output.sources, strict=True)
+        ]
+        return inputs, base if base in positions else None, output.parameters or {}, path, lengths[0], lead
+
+    def _input(self, position: int, start: int, own: Mapping[str, Any], lead: Model) -> _Input:
+        model = self.models[position]
+        wanted = [n for n, info in lead.tensors.items() if not is_head(n) and not is_derived_buffer(n, info.shape)]
+        return _Input(position, start, own, alias_prefix(wanted, model.tensors))
+
+    def _same_depth(self, donor: Model, model: Model, path: tuple[str | int, ...]) -> None:
+        mine, theirs = model.layout.main, donor.layout.main
+        if mine is not None and theirs is not None and mine.count != theirs.count:
+            raise IncompatibleError(
+                f"{self.recipe.text.place(path)}: {model.reference} has {mine.count} layers, but {donor.reference} has "
+                f"{theirs.count}; use 'slices' to choose layers of each"
+            )
+
+    @staticmethod
+    def _in_main(model: Model, name: str) -> bool:
+        return model.layout.main is not None and model.layout.place(name).stack == model.layout.main.prefix
+
+    @staticmethod
+    def _in_order(model: Model, names: Any) -> list[str]:
+        """Embeddings first, then layers by number, then the rest; each in file order."""
+
+        def key(name: str) -> tuple[int, str, int]:
+            place = model.layout.place(name)
+            if place.stack is None:
+                return (0 if role_of(name) == "first" else 2, "", 0)
+            return (1, place.stack, place.index)
+
+        return sorted(names, key=key)
+
+    def _add(
+        self,
+        output: str,
+        name: str,
+        t: float,
+        inputs: Sequence[_Input],
+        base: int | None,
+        scope: Mapping[str, Any],
+        path: tuple[str | int, ...],
+        *,
+        offset: int | None = None,
+        suffix: str = "",
+    ) -> None:
+        """Add the output tensor that the lead calls ``name`` (layer ``offset`` of the slice, if given)."""
+        contributions = []
+        for item in inputs:
+            model = self.models[item.model]
+            if offset is None:
+                theirs = find_alias(name, item.alias)
+            else:
+                assert model.layout.main is not None
+                theirs = f"{model.layout.main.prefix}{item.start + offset}.{suffix}"
+            contributions.append(self._contribution(item, model, theirs))
+        known = [c.info for c in contributions if c.info is not None]
+        copy = bool(known) and is_derived_buffer(name, known[0].shape)
+        self.used.update((c.model, c.info.name) for c in contributions if c.info is not None)
+        self.slots.append(Slot(output, t, tuple(contributions), base, scope, self.outer, path, copy))
+
+    @staticmethod
+    def _contribution(item: _Input, model: Model, name: str) -> Contribution:
+        info, tied = model.tensors.get(name), False
+        if is_head(name) and model.head is None and model.embedding is not None:
+            stored = info
+            info, tied = model.tensors[model.embedding], True
+            # A stored copy of a tied head is what the model computes with only if it equals the embedding; it does.
+            info = stored or info
+        return Contribution(item.model, name, info, item.own, tied)
+
+    def _add_untied_head(
+        self, lead: Model, inputs: Sequence[_Input], scope: Mapping[str, Any], path: tuple[str | int, ...]
+    ) -> None:
+        """If the lead's head is tied (not stored) but another input has one of its own, the output has one too."""
+        if any(is_head(slot.name) for slot in self.slots):
+            return
+        heads = [self.models[i.model].head for i in inputs]
+        name = next((head for head in heads if head is not None), None)
+        if name is not None:
+            base = self.models.base
+            self._add(name, name, 0.0, inputs, base if base in [i.model for i in inputs] else None, scope, path)
+
+    def _left_out(self, involved: Sequence[int], *, sliced: bool = False) -> tuple[tuple[int, str, str], ...]:
+        found = []
+        for position in range(len(self.models.models)):
+            model = self.models[position]
+            for name, info in model.tensors.items():
+                if (position, name) in self.used:
+                    continue
+                if sliced and (self._in_main(model, name) or position not in involved):
+                    reason = "outside the slices"
+                elif sliced:
+                    reason = "another slice gives this tensor"
+                elif is_derived_buffer(name, info.shape):
+                    reason = "a buffer that the config determines"
+                else:
+                    reason = f"{self.models[self.models.donor].reference.short} has no such tensor"
+                found.append((position, name, reason))
+        return tuple(found)

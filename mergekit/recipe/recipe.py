@@ -1,0 +1,249 @@
+"""A recipe made valid: the configuration, its method, and every fault and oddity found before any file is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mergekit.errors import RecipeError, UsageError, nearest
+from mergekit.methods import Method, get_method, method_names
+from mergekit.methods.spec import ParameterError
+from mergekit.recipe.schema import MergeConfiguration
+from mergekit.recipe.text import RecipeText, read_recipe_text
+from mergekit.refs import ModelReference
+
+__all__ = ["ParameterScope", "Recipe", "load_recipe"]
+
+_OLD_WORDS = frozenset({"int8_mask", "embed_slerp"})
+"""Parameter words that belong to no method but that recipes for arcee mergekit may carry anywhere."""
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParameterScope:
+    """One ``parameters:`` mapping of a recipe, and its path."""
+
+    path: Path_
+    values: Mapping[str, Any]
+    model: ModelReference | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """A checked recipe. ``warnings`` are things a user should know; ``notes`` are accepted words without effect."""
+
+    config: MergeConfiguration
+    text: RecipeText
+    method: Method
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def fault(self, message: str, *path: str | int) -> RecipeError:
+        """A RecipeError that points at ``path``."""
+        return RecipeError(message, place=self.text.place(path))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | MergeConfiguration) -> Recipe:
+    """Read and check a recipe: a path to YAML, a mapping, or a configuration object.
+
+    RecipeError says what is wrong and at which line and column.
+    """
+    if isinstance(source, MergeConfiguration):
+        text = RecipeText("recipe", source.to_yaml(), source.model_dump(mode="json", exclude_defaults=True), None)
+        config = source
+    else:
+        if isinstance(source, Mapping):
+            text = _from_mapping(source)
+        else:
+            text = read_recipe_text(Path(source))
+        config = _validate(text)
+    try:
+        method = get_method(config.merge_method)
+    except UsageError as error:
+        raise RecipeError(str(error), place=text.place(("merge_method",))) from None
+    warnings, notes = list(text.duplicates), []
+    recipe = Recipe(config, text, method, (), ())
+    for scope in parameter_scopes(config):
+        for name, value in scope.values.items():
+            _check_parameter(recipe, scope, name, value, warnings, notes)
+    for i, output in enumerate(config.slices or []):
+        if output.residual_weight is not None:
+            notes.append(f"{text.place(('slices', i, 'residual_weight'))}: 'residual_weight' changes nothing")
+    _check_models(recipe)
+    return Recipe(config, text, method, tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(notes)))
+
+
+def _from_mapping(source: Mapping[str, Any]) -> RecipeText:
+    from mergekit.recipe.text import dump_yaml
+
+    value = dict(source)
+    try:
+        return RecipeText("recipe", dump_yaml(value), value, None)
+    except Exception as error:  # yaml refuses objects it has no form for
+        raise RecipeError(f"the recipe holds something that YAML can't: {error}", place="recipe") from None
+
+
+def _validate(text: RecipeText) -> MergeConfiguration:
+    try:
+        return MergeConfiguration.model_validate(text.value)
+    except ValidationError as error:
+        faults = error.errors()
+        # A misspelt key is both unknown and missing: the unknown one says more.
+        first = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+        path = tuple(step for step in first["loc"] if not (isinstance(step, str) and step.startswith("function-")))
+        raise RecipeError(_explain(first, path), place=text.place(path)) from None
+    except RecursionError:
+        raise RecipeError("nested too deeply", place=text.name) from None
+
+
+def _explain(fault: Any, path: Path_) -> str:
+    """A pydantic fault in our words."""
+    kind, key = fault["type"], str(path[-1]) if path else ""
+    if kind == "extra_forbidden":
+        return f"there is no '{key}' here. {nearest(key, _keys_at(path[:-1]))}"
+    if kind == "missing":
+        return f"'{key}' is missing"
+    if kind == "value_error":
+        return str(fault["ctx"]["error"])
+    where = f"'{key}': " if isinstance(key, str) and not key.isdigit() else ""
+    return f"{where}{fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r:.60}"
+
+
+def _keys_at(path: Path_) -> list[str]:
+    """The valid keys of the mapping at ``path``, read off the schema."""
+    schema = MergeConfiguration.model_json_schema()
+    node: Any = schema
+    for step in path:
+        node = _resolve(schema, node)
+        node = (
+            node.get("items", {})
+            if isinstance(step, int)
+            else node.get("properties", {}).get(step) or node.get("additionalProperties", {})
+        )
+    return list(_resolve(schema, node).get("properties", {}))
+
+
+def _resolve(schema: Any, node: Any) -> Any:
+    while isinstance(node, dict):
+        if "anyOf" in node:
+            node = next((n for n in node["anyOf"] if n.get("type") != "null"), {})
+        elif "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        else:
+            return node
+    return {}
+
+
+def parameter_scopes(config: MergeConfiguration) -> Iterator[ParameterScope]:
+    """Every ``parameters:`` mapping of a recipe, in document order."""
+    if config.parameters:
+        yield ParameterScope(("parameters",), config.parameters)
+    for name, values in (config.input_model_parameters or {}).items():
+        yield ParameterScope(("input_model_parameters", name), values, ModelReference.parse(name))
+    parts: list[tuple[Path_, Any]] = [((), config)]
+    for name, module in (config.modules or {}).items():
+        parts.append((("modules", name), module))
+        if module.parameters:
+            yield ParameterScope(("modules", name, "parameters"), module.parameters)
+    for path, part in parts:
+        for i, model in enumerate(part.models or []):
+            if model.parameters:
+                yield ParameterScope((*path, "models", i, "parameters"), model.parameters, model.model)
+        for i, output in enumerate(part.slices or []):
+            if output.parameters:
+                yield ParameterScope((*path, "slices", i, "parameters"), output.parameters)
+            for j, source in enumerate(output.sources):
+                if source.parameters:
+                    where = (*path, "slices", i, "sources", j, "parameters")
+                    yield ParameterScope(where, source.parameters, source.model)
+
+
+def _check_parameter(
+    recipe: Recipe, scope: ParameterScope, name: str, value: Any, warnings: list[str], notes: list[str]
+) -> None:
+    """Refuse unknown names and impossible values; warn of what will be ignored."""
+    place = recipe.text.place((*scope.path, name))
+    parameter = recipe.method.parameter(name)
+    if parameter is None:
+        others = [m for m in map(get_method, method_names()) if m.parameter(name)]
+        if name in _OLD_WORDS:
+            notes.append(f"{place}: '{name}' changes nothing with '{recipe.method.name}'")
+        elif others:
+            warnings.append(
+                f"{place}: '{recipe.method.name}' has no parameter '{name}' (it belongs to {others[0].name}); ignored"
+            )
+        else:
+            known = [p.name for p in recipe.method.params]
+            raise RecipeError(f"'{recipe.method.name}' has no parameter '{name}'. {nearest(name, known)}", place=place)
+        return
+    if not parameter.used:
+        notes.append(f"{place}: '{name}' {parameter.help}")
+        return
+    if scope.model is not None and parameter.scope == "once":
+        warnings.append(
+            f"{place}: '{name}' is one value for all models and is not read here; "
+            f"move it to the top-level 'parameters' (ignored)"
+        )
+    elif scope.model is not None and parameter.scope == "each" and scope.model == recipe.config.base_model:
+        warnings.append(f"{place}: '{name}' of the base model is not used by '{recipe.method.name}' (ignored)")
+    for path, scalar in _scalars(value):
+        try:
+            parameter.kind.read(scalar)
+        except ParameterError as error:
+            raise recipe.fault(f"'{name}': {error}", *scope.path, name, *path) from None
+
+
+def _scalars(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    if isinstance(value, dict):
+        yield from _scalars(value["value"], (*path, "value"))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _scalars(item, (*path, index))
+    else:
+        yield path, value
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Refuse a missing base, models named twice, and counts that the method can't take."""
+    config, method = recipe.config, recipe.method
+    # A slice may bring its own base.
+    if method.base == "required" and config.base_model is None:
+        lacking = [i for i, output in enumerate(config.slices or []) if output.base_model is None]
+        if not config.slices or lacking:
+            place = ("slices", lacking[0]) if config.slices else ("merge_method",)
+            raise recipe.fault(f"'{method.name}' needs a 'base_model'; add it at the top level", *place)
+    groups: list[tuple[Path_, list[ModelReference], ModelReference | None]] = []
+    parts: list[tuple[Path_, Any]] = [((), config), *(((("modules", n), m)) for n, m in (config.modules or {}).items())]
+    for path, part in parts:
+        if part.models:
+            groups.append(((*path, "models"), [m.model for m in part.models], config.base_model))
+        for i, output in enumerate(part.slices or []):
+            sources = [s.model for s in output.sources]
+            groups.append(((*path, "slices", i, "sources"), sources, output.base_model or config.base_model))
+    for path, models, base in groups:
+        for i, model in enumerate(models):
+            if model in models[:i]:
+                raise recipe.fault(f"'{model}' is listed twice here; keep one of them", *path, i)
+        is_slice = path[-1] == "sources"
+        if is_slice and base is not None and method.base == "required" and base not in models:
+            raise recipe.fault(
+                f"the base model '{base}' is not among the sources of this slice; add it with its layer_range", *path
+            )
+        count = len(models) + (not is_slice and base is not None and base not in models)
+        if count < method.least or (method.most is not None and count > method.most):
+            wanted = f"{method.least}" if method.most == method.least else f"at least {method.least}"
+            including = ", the base included" if method.base == "required" else ""
+            raise recipe.fault(f"'{method.name}' takes {wanted} model(s){including}, but this gives {count}", *path)
+    named = config.referenced_models()
+    for name in config.input_model_parameters or {}:
+        if ModelReference.parse(name) not in named:
+            raise recipe.fault(
+                f"'{name}' is not a model of this recipe. {nearest(name, map(str, named))}",
+                "input_model_parameters",
+                name,
+            )

@@ -1,0 +1,75 @@
+"""Which value a parameter has for one output tensor: scopes in order of precedence, filters, gradients, defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.methods.spec import REQUIRED, Method, Parameter
+from mergekit.recipe.settings import evaluate_setting
+
+__all__ = ["InputScope", "MissingParameterError", "resolve_parameters"]
+
+Scope = Mapping[str, Any]
+
+
+class MissingParameterError(LookupError):
+    """A parameter without default has no value; ``index`` is the input concerned, or None for a shared parameter."""
+
+    def __init__(self, name: str, index: int | None) -> None:
+        super().__init__(name)
+        self.name = name
+        self.index = index
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputScope:
+    """What one input contributes: the tensor's name in that model, its own scopes, and whether it is the base."""
+
+    tensor: str
+    own: Scope
+    by_model: Scope
+    is_base: bool
+
+
+def resolve_parameters(
+    method: Method,
+    tensor: str,
+    t: float,
+    inputs: Sequence[InputScope],
+    slice_scope: Scope,
+    outer: Sequence[Scope],
+) -> dict[str, Any]:
+    """The keyword arguments of the method's function for one output tensor.
+
+    Shared parameters match filters against the output name ``tensor``, per-model ones against the name in that
+    model. Precedence: the input's own scope, the slice, ``input_model_parameters``, then ``outer`` (the module's and
+    the top level's parameters), then the default. ``t`` is the depth in [0, 1].
+    """
+    values: dict[str, Any] = {}
+    for parameter in method.params:
+        if not parameter.used:
+            continue
+        if parameter.scope == "once":
+            values[parameter.argument] = _first(parameter, tensor, t, [slice_scope, *outer], None)
+            continue
+        members = []
+        for index, source in enumerate(inputs):
+            if parameter.scope == "each" and source.is_base:
+                continue
+            scopes = [source.own, slice_scope, source.by_model, *outer]
+            members.append(_first(parameter, source.tensor, t, scopes, index))
+        values[parameter.argument] = tuple(members)
+    return values
+
+
+def _first(parameter: Parameter, tensor: str, t: float, scopes: Sequence[Scope], index: int | None) -> Any:
+    for scope in scopes:
+        if parameter.name in scope:
+            value = evaluate_setting(tensor, scope[parameter.name], t, parameter.kind)
+            if value is not None:
+                return value
+    if parameter.default is REQUIRED:
+        raise MissingParameterError(parameter.name, index)
+    return parameter.default
