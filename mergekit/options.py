@@ -56,33 +56,89 @@ def _flag(field: str, default: bool, help: str, section: str, *, unused: str | N
 _STREAMS = "tensors are always read lazily, block by block"
 OPTIONS: tuple[Option, ...] = (
     _flag("copy_tokenizer", True, "Copy the tokenizer files of the base (or first) model.", "Output"),
-    Option("out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str),
+    Option(
+        "out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str
+    ),
     _flag("write_model_card", True, "Write README.md and mergekit_config.yml.", "Output"),
     _flag("safe_serialization", True, "Write safetensors (the only form there is).", "Output"),
     _flag("overwrite", False, "Replace a model that the output folder holds.", "Output"),
     _flag("restart", False, "Throw away unfinished work in the output folder.", "Output"),
-    Option("num_threads", ("-j", "--num-threads"), None, "Threads (default: one for each processor).", "Performance", int),
-    Option("device", ("--device",), None, "Device for the arithmetic: cpu, cuda, cuda:1, mps, auto.", "Performance", str),
+    Option(
+        "num_threads", ("-j", "--num-threads"), None, "Threads (default: one for each processor).", "Performance", int
+    ),
+    Option(
+        "device", ("--device",), None, "Device for the arithmetic: cpu, cuda, cuda:1, mps, auto.", "Performance", str
+    ),
     _flag("cuda", False, "Compute on the first CUDA device.", "Performance"),
     _flag("gpu_rich", False, "The same as --cuda.", "Performance"),
-    _flag("multi_gpu", False, "Use several GPUs.", "Performance", unused="one device computes; the disk is the bottleneck"),
-    _flag("low_cpu_memory", False, "Keep results on the device.", "Performance", unused="a merge needs little memory anyway"),
+    _flag(
+        "multi_gpu", False, "Use several GPUs.", "Performance", unused="one device computes; the disk is the bottleneck"
+    ),
+    _flag(
+        "low_cpu_memory",
+        False,
+        "Keep results on the device.",
+        "Performance",
+        unused="a merge needs little memory anyway",
+    ),
     _flag("read_to_gpu", False, "Read straight to the device.", "Performance", unused=_STREAMS),
-    _flag("lazy_unpickle", False, "Read pickled checkpoints lazily.", "Performance", unused="pickles are memory-mapped anyway"),
-    _flag("async_write", False, "Write in the background.", "Performance", unused="results are written as they are computed"),
+    _flag(
+        "lazy_unpickle",
+        False,
+        "Read pickled checkpoints lazily.",
+        "Performance",
+        unused="pickles are memory-mapped anyway",
+    ),
+    _flag(
+        "async_write",
+        False,
+        "Write in the background.",
+        "Performance",
+        unused="results are written as they are computed",
+    ),
     Option("write_threads", ("--write-threads",), 1, "Writing threads.", "Performance", int, "every worker writes"),
-    _flag("clone_tensors", False, "Clone tensors before saving.", "Performance", unused="nothing is shared between tensors"),
+    _flag(
+        "clone_tensors",
+        False,
+        "Clone tensors before saving.",
+        "Performance",
+        unused="nothing is shared between tensors",
+    ),
     Option("transformers_cache", ("--transformers-cache",), None, "Cache folder for hub downloads.", "Storage", str),
-    Option("lora_merge_cache", ("--lora-merge-cache",), None, "Cache folder for merged adapters.", "Storage", str, "no copies of merged adapters are kept"),
-    Option("lora_merge_dtype", ("--lora-merge-dtype",), None, "Element type for merging adapters.", "Storage", str, "adapters are computed in float32"),
-    Option("random_seed", ("--random-seed",), None, "Seed of random methods (else the recipe's, else 0).", "Result", int),
+    Option(
+        "lora_merge_cache",
+        ("--lora-merge-cache",),
+        None,
+        "Cache folder for merged adapters.",
+        "Storage",
+        str,
+        "no copies of merged adapters are kept",
+    ),
+    Option(
+        "lora_merge_dtype",
+        ("--lora-merge-dtype",),
+        None,
+        "Element type for merging adapters.",
+        "Storage",
+        str,
+        "adapters are computed in float32",
+    ),
+    Option(
+        "random_seed", ("--random-seed",), None, "Seed of random methods (else the recipe's, else 0).", "Result", int
+    ),
     _flag("allow_nonfinite", False, "Go on when a computed tensor holds NaN or infinity.", "Dangerous"),
     _flag("allow_crimes", False, "Merge models of different architectures.", "Dangerous"),
     _flag("unsafe_truncate_embeddings", False, "Cut embeddings even below the tokenizer's ids.", "Dangerous"),
-    _flag("trust_remote_code", False, "Run code that comes with a model.", "Dangerous", unused="a merge runs no model code"),
+    _flag(
+        "trust_remote_code",
+        False,
+        "Run code that comes with a model.",
+        "Dangerous",
+        unused="a merge runs no model code",
+    ),
     Option("verbosity", ("-v", "--verbose"), 0, "Say more.", "Messages", "count"),
     _flag("quiet", False, "No progress and no notes; warnings and errors only.", "Messages"),
-)  # fmt: skip
+)
 
 
 class _MergeOptionsBase:

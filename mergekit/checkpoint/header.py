@@ -130,7 +130,8 @@ def _entry(name: str, value: object, data: int, size: int, file: str, path: Path
         raise fault(f"has the packed dtype {code}, which can't be merged; use a bfloat16 or float16 version")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:  # type: ignore[arg-type]
         raise fault("has a malformed shape or offsets")
-    assert isinstance(shape, list) and isinstance(offsets, list)
+    assert isinstance(shape, list)
+    assert isinstance(offsets, list)
     dtype = BY_CODE[code]
     nbytes = math.prod(shape) * dtype.size
     begin, end = offsets

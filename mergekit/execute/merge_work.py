@@ -129,7 +129,7 @@ class SparseWork(FloatWork):
             self._counts[m] = max(1, int(np.floor(keep.density * self.size)))
         else:
             self._rules[m] = self.kernels.KEEP_RANDOM
-            self._chances[m] = min(int(round(keep.density * 2**32)), 2**32 - 1)
+            self._chances[m] = min(round(keep.density * 2**32), 2**32 - 1)
 
     def begin(self, phase: int, index: int) -> Any:
         """Private histograms or tie quotas of one range."""

@@ -47,14 +47,14 @@ class Buffers:
     """Scratch memory of one worker, grown to the largest block and reused."""
 
     def __init__(self) -> None:
-        self._rows = np.empty((0, 0), np.uint8)
+        self._rows = np.empty(0, np.uint8)
         self._out = np.empty(0, np.uint8)
 
     def rows(self, count: int, nbytes: int) -> np.ndarray:
         """uint8 [count, nbytes]; rows start at multiples of 64 bytes of each other."""
         if self._rows.size < count * nbytes:
             self._rows = np.empty(count * nbytes, np.uint8)
-        return self._rows.reshape(-1)[: count * nbytes].reshape(count, nbytes)
+        return self._rows[: count * nbytes].reshape(count, nbytes)
 
     def out(self, nbytes: int) -> np.ndarray:
         """uint8 [nbytes]."""

@@ -22,8 +22,8 @@ __all__ = [
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")
 _SECTIONS = ("text_config", "language_config", "llm_config", "decoder")
 _NOT_PER_LAYER = ("token_id", "token_ids", "architectures", "_section", "_factor", "labels", "kernel_sizes")
-_LAYER_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "full_attention_layers", "global_attn_layers",
-                  "cross_attention_layers")  # fmt: skip
+_LAYER_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "full_attention_layers",
+                  "global_attn_layers", "cross_attention_layers")  # fmt: skip
 _POSITIONAL = ("max_window_layers", "first_k_dense_replace", "sliding_window_pattern", "decoder_sparse_step",
                "full_attention_interval", "num_kv_shared_layers", "attn_layer_period", "expert_layer_period",
                "no_rope_layer_interval", "interleave_moe_layer_step")  # fmt: skip

@@ -85,7 +85,7 @@ def float_to_bfloat(value: np.float32) -> np.uint16:
 
 @kernel
 def decode(raw: np.ndarray, code: int, start: int, count: int, out: np.ndarray) -> None:
-    """Write elements ``start .. start+count`` of ``raw`` (uint8 [bytes], type ``code``) to ``out`` (float32 [count])."""
+    """Write elements ``start .. start+count`` of ``raw`` (uint8, type ``code``) to ``out`` (float32 [count])."""
     if code == _BF16:
         bf16 = raw.view(np.uint16)[start : start + count]
         for i in range(count):
@@ -141,7 +141,7 @@ def encode(values: np.ndarray, count: int, raw: np.ndarray, code: int, start: in
             f64[i] = values[i]
     if _largest_bits(values, count) < limit:
         return True
-    if code == _BF16 or code == _F16:
+    if code in (_BF16, _F16):
         _encode_special(values, count, raw, code, start)
     return False
 

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,7 @@ def _line(record: Mapping[str, object]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _read(path: Path) -> list[dict[str, object]] | list:  # type: ignore[type-arg]
+def _read(path: Path) -> list[dict[str, Any]]:
     """The records up to the first damaged line."""
     records = []
     try:

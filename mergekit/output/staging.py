@@ -89,7 +89,7 @@ class Staging:
 
     def write(self, output: OutputTensor, start: int, data: np.ndarray) -> None:
         """Write ``data`` (uint8) at byte ``start`` of a tensor."""
-        descriptor, place, view = self._files[output.file], output.offset + start, memoryview(data)
+        descriptor, place, view = self._files[output.file], output.offset + start, data.data
         try:
             while view:
                 written = os.pwrite(descriptor, view, place)

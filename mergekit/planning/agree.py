@@ -1,4 +1,4 @@
-"""Things that merged models should agree on though tensors fit without: rope, context length, templates, end of text."""
+"""What merged models should agree on though their tensors fit without: rope, context length, templates, end of text."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def make_config(
     donor = models[models.donor]
     if not donor.config:
         return None, [f"{donor.reference.short} has no config.json, so the output has none"]
-    config, warnings = copy.deepcopy(dict(donor.config)), []
+    config = copy.deepcopy(dict(donor.config))
+    warnings: list[str] = []
     if slots.layers is not None:
         config, warnings = stack_layers(config, slots.layers)
     config.pop("_name_or_path", None)

@@ -72,7 +72,7 @@ class Expresser:
             order = [base, *(i for i in order if i != base)]
         elif self.recipe.method.base == "required":
             raise IncompatibleError(
-                f"cannot merge {slot.name}: the base model lacks it, and '{self.recipe.method.name}' needs the base's copy"
+                f"cannot merge {slot.name}: '{self.recipe.method.name}' needs the base's copy, and the base lacks it"
                 + self._table(slot)
             )
         parameters = self._parameters(slot, present, base, order)

@@ -112,7 +112,7 @@ class _Finder:
         return Slots(tuple(self.slots), None, self._left_out([i.model for i in inputs]))
 
     def stack(self, outputs: Sequence[OutputSliceDefinition]) -> Slots:
-        """Slices: layers renumbered 0, 1, 2, ...; what stands before them is the first slice's, after them the last's."""
+        """Slices: layers renumbered 0, 1, 2, ...; what comes before is the first slice's, after it the last's."""
         donor = self.models[self.models.donor]
         if donor.layout.main is None:
             raise IncompatibleError(f"{donor.reference}: no numbered layers found, so it can't be sliced")
@@ -157,7 +157,7 @@ class _Finder:
                 raise IncompatibleError(f"{model.reference}: no numbered layers found, so it can't be sliced")
             if end > model.layout.main.count:
                 raise self.recipe.fault(
-                    f"layer_range [{start}, {end}) goes beyond {model.reference}, which has {model.layout.main.count} layers",
+                    f"layer_range [{start}, {end}) is beyond {model.reference}, with {model.layout.main.count} layers",
                     *path, "sources", j, "layer_range",
                 )  # fmt: skip
             lengths.append(end - start)
@@ -167,7 +167,7 @@ class _Finder:
                     *path, "sources", j, "layer_range",
                 )  # fmt: skip
         positions = [self.models.position(s.model) for s in output.sources]
-        lead = self.models[base if base in positions else positions[0]]  # type: ignore[arg-type]
+        lead = self.models[base if base in positions else positions[0]]
         inputs = [
             self._input(p, s.layer_range[0], s.parameters or {}, lead)
             for p, s in zip(positions, output.sources, strict=True)

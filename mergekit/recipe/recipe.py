@@ -57,16 +57,14 @@ def load_recipe(source: str | Path | Mapping[str, Any] | MergeConfiguration) -> 
         text = RecipeText("recipe", source.to_yaml(), source.model_dump(mode="json", exclude_defaults=True), None)
         config = source
     else:
-        if isinstance(source, Mapping):
-            text = _from_mapping(source)
-        else:
-            text = read_recipe_text(Path(source))
+        text = _from_mapping(source) if isinstance(source, Mapping) else read_recipe_text(Path(source))
         config = _validate(text)
     try:
         method = get_method(config.merge_method)
     except UsageError as error:
         raise RecipeError(str(error), place=text.place(("merge_method",))) from None
-    warnings, notes = list(text.duplicates), []
+    warnings: list[str] = list(text.duplicates)
+    notes: list[str] = []
     recipe = Recipe(config, text, method, (), ())
     for scope in parameter_scopes(config):
         for name, value in scope.values.items():

@@ -160,7 +160,7 @@ class MergeConfiguration(_Strict):
     def referenced_models(self) -> list[ModelReference]:
         """Every model of the recipe, once, in the order of first mention; the base is last unless mentioned."""
         found: dict[ModelReference, None] = {}
-        parts = [self, *(self.modules or {}).values()]
+        parts: list[MergeConfiguration | OutputModuleDefinition] = [self, *(self.modules or {}).values()]
         for part in parts:
             for model in part.models or []:
                 found.setdefault(model.model)

@@ -16,6 +16,7 @@ __all__ = ["ConfigYamlDumper", "RecipeText", "dump_yaml", "read_recipe_text"]
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_DEPTH = 32
 _MAX_NODES = 500_000
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Path_ = tuple[str | int, ...]
@@ -74,58 +75,112 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
     else:
         name, text = name or "recipe", source
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        if node is None:
-            raise RecipeError("the recipe is empty", place=name)
-        duplicates: list[str] = []
-        _check(node, name, duplicates, {})
-        value = yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            _check_depth(text, name)
+            node = loader.get_single_node()
+            check = _Check(name, loader)
+            if node is not None:
+                check.node(node)
+            value = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError(f"not valid YAML: {error.problem or error.context}", place=place) from None
+        raise RecipeError(f"not valid YAML: {_explain(error)}", place=place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", place=name) from None
+    if value is None:
+        raise RecipeError("the recipe is empty", place=name)
     if not isinstance(value, dict):
         raise RecipeError("a recipe is a mapping such as 'merge_method: linear'", place=f"{name}:1:1")
-    return RecipeText(name, text, value, node, tuple(duplicates))
+    return RecipeText(name, text, value, node, tuple(check.duplicates))
 
 
-def _check(node: yaml.Node, name: str, duplicates: list[str], sizes: dict[int, int], depth: int = 0) -> int:
-    """Refuse what would hurt later: deep nesting, nodes that contain themselves, aliases that blow up.
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    """What the YAML reader says, with the place where the construct in question begins (an unclosed bracket)."""
+    context, mark = error.context or "", error.context_mark
+    if context and mark and error.problem_mark and mark.line != error.problem_mark.line:
+        context += f" (begun at {mark.line + 1}:{mark.column + 1})"
+    return ", ".join(part for part in (context, error.problem) if part)
 
-    Returns the number of nodes once aliases are written out; ``sizes`` remembers it by node (0: being visited).
-    """
-    place = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-    if id(node) in sizes:
-        if sizes[id(node)] == 0:
-            raise RecipeError("this contains itself", place=place)
-        return sizes[id(node)]
-    if depth > _MAX_DEPTH:
-        raise RecipeError("nested too deeply for a recipe", place=place)
-    sizes[id(node)], size = 0, 1
-    if isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
-        for key, value in node.value:
-            mark = f"{name}:{key.start_mark.line + 1}:{key.start_mark.column + 1}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError("a key must be text", place=mark)
-            if key.value in keys:
-                duplicates.append(f"{mark}: '{key.value}' is given twice; the last one counts")
-            keys.add(key.value)
-            size += 1 + _check(value, name, duplicates, sizes, depth + 1)
-    elif isinstance(node, yaml.SequenceNode):
-        size += sum(_check(value, name, duplicates, sizes, depth + 1) for value in node.value)
-    if size > _MAX_NODES:
-        raise RecipeError("aliases make this recipe enormous", place=place)
-    sizes[id(node)] = size
-    return size
+
+def _check_depth(text: str, name: str) -> None:
+    """Refuse deep nesting before nodes are composed: libyaml composes by recursion, and crashes with the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MAX_DEPTH:
+                mark = event.start_mark
+                raise RecipeError("nested too deeply for a recipe", place=f"{name}:{mark.line + 1}:{mark.column + 1}")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+class _Check:
+    """Refuse what would hurt later: nodes that contain themselves, aliases that blow up, keys that are not text."""
+
+    def __init__(self, name: str, loader: Any) -> None:
+        self.duplicates: list[str] = []
+        self._name, self._loader = name, loader
+        self._known: dict[int, tuple[int, int] | None] = {}
+
+    def node(self, node: yaml.Node) -> tuple[int, int]:
+        """The number of nodes below ``node`` and its height, with aliases written out."""
+        if id(node) in self._known:
+            known = self._known[id(node)]
+            if known is None:
+                raise RecipeError("this contains itself", place=self._place(node))
+            return known
+        self._known[id(node)] = None
+        size, height = 1, 0
+        for child in self._children(node):
+            more, below = self.node(child)
+            size, height = size + more, max(height, below + 1)
+        if size > _MAX_NODES:
+            raise RecipeError("aliases make this recipe enormous", place=self._place(node))
+        if height > _MAX_DEPTH:
+            raise RecipeError("nested too deeply for a recipe", place=self._place(node))
+        self._known[id(node)] = size, height
+        return size, height
+
+    def _children(self, node: yaml.Node) -> list[yaml.Node]:
+        if isinstance(node, yaml.MappingNode):
+            self._keys([key for key, _ in node.value])
+            return [child for pair in node.value for child in pair]
+        if isinstance(node, yaml.SequenceNode):
+            return list(node.value)
+        if node.tag != _MERGE:
+            try:
+                self._loader.construct_object(node)
+            except yaml.YAMLError:
+                raise
+            except Exception as error:  # the constructors raise whatever int(), re.match() and others do
+                kind = node.tag.rsplit(":", 1)[-1]
+                text = f"'{node.value:.40}' can't be read as {kind}; put text in quotes"
+                raise RecipeError(text, place=self._place(node)) from error
+        return []
+
+    def _keys(self, keys: Sequence[yaml.Node]) -> None:
+        seen: set[str] = set()
+        for key in keys:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
+                quoted = f"; write '{key.value}' in quotes" if isinstance(key, yaml.ScalarNode) else ""
+                raise RecipeError(f"a key must be text{quoted}", place=self._place(key))
+            if key.value in seen:
+                self.duplicates.append(f"{self._place(key)}: '{key.value}' is given twice; the last one counts")
+            seen.add(key.value)
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self._name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
 class ConfigYamlDumper(yaml.SafeDumper):
     """Writes lists of numbers on one line, everything else in blocks."""
 
-    def represent_list(self, data: Any) -> yaml.Node:
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
         """A sequence node in flow style if every item is a number."""
         flow = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in data)
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)

@@ -1,0 +1,47 @@
+"""The floor: import what a merge imports, then only move the bytes. Two threads read the inputs and write a file.
+
+    python bench/floor.py OUT BYTES INPUT [INPUT ...]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import mergekit.api
+import mergekit.cli.merge
+import mergekit.execute
+import mergekit.kernels.cpu
+import mergekit.output
+import mergekit.planning  # noqa: F401  (imported because a merge imports it)
+
+CHUNK = 1 << 19
+
+
+def main(out: str, size: int, inputs: list[str], threads: int = 2) -> None:
+    """Read every input whole, write ``size`` bytes to a preallocated file, fsync."""
+    files = [os.open(path, os.O_RDONLY) for path in inputs]
+    target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.posix_fallocate(target, 0, size)
+
+    def work(number: int) -> None:
+        buffer = bytearray(CHUNK)
+        view = memoryview(buffer)
+        longest = max(size, *(os.fstat(f).st_size for f in files))
+        for place in range(number * CHUNK, longest, threads * CHUNK):
+            for file in files:
+                os.preadv(file, [view], place)
+            if place < size:
+                os.pwrite(target, view[: min(CHUNK, size - place)], place)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    os.fsync(target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

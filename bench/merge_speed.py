@@ -1,0 +1,165 @@
+"""Time whole merges against the floor: moving the same bytes. Page cache warm, everything in one run.
+
+    python bench/merge_speed.py                      # 1.1B parameters, base and two fine-tunes, bfloat16
+    python bench/merge_speed.py --rounds 5 --methods linear ties
+    python bench/merge_speed.py --other 'other-tool {recipe} {out}'   # another tool on the same files
+
+Each round runs the floor and every method once, in turn, so that a change of the machine's speed meets them all. The
+table gives the median of each figure, and the median of the ratios to the floor of the same round with the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from checkpoints import build, llama_shapes
+
+HERE = Path(__file__).parent
+METHODS = ("linear", "passthrough", "slerp", "task_arithmetic", "dare_linear", "dare_ties", "ties")
+GOAL = {"linear": 1.5, "passthrough": 1.5, "slerp": 2, "task_arithmetic": 1.5, "dare_ties": 2.5, "ties": 3}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished process: seconds of wall and processor time, peak resident bytes."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def measure(command: list[str]) -> Run:
+    """Run ``command`` to its end and account for it."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    text = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{text.decode()}")
+    factor = 1 if sys.platform == "darwin" else 1024
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * factor)
+
+
+def recipe(method: str, folder: Path) -> tuple[dict[str, object], list[str]]:
+    """A recipe for ``method`` over the benchmark's models, and the names of the models it reads."""
+    base, one, two = (str(folder / name) for name in ("base", "one", "two"))
+    weights = [{"model": m, "parameters": {"weight": 0.5, "density": 0.5}} for m in (one, two)]
+    if method == "passthrough":
+        return {"merge_method": method, "models": [{"model": one}]}, ["one"]
+    if method == "linear":
+        plain = [{"model": m, "parameters": {"weight": 0.5}} for m in (one, two)]
+        return {"merge_method": method, "models": plain}, ["one", "two"]
+    if method == "slerp":
+        return {
+            "merge_method": method,
+            "base_model": base,
+            "models": [{"model": base}, {"model": one}],
+            "parameters": {"t": 0.4},
+        }, ["base", "one"]
+    if method == "task_arithmetic":
+        weights = [{"model": m, "parameters": {"weight": 0.5}} for m in (one, two)]
+    return {"merge_method": method, "base_model": base, "models": [{"model": base}, *weights]}, ["base", "one", "two"]
+
+
+def main() -> None:
+    """Build the models, run the rounds, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mergekit-bench")
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--ffn", type=int, default=5632)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--key-value", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--other", help="another tool's command with {recipe} and {out}, run once per method")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+
+    shapes = llama_shapes(args.layers, args.hidden, args.ffn, args.vocabulary, args.key_value)
+    print("building checkpoints ...", file=sys.stderr)
+    build(args.folder, shapes, layers=args.layers)
+    subprocess.run([sys.executable, "-m", "mergekit", "warmup"], check=True)
+    weights = {name: args.folder / name / "model.safetensors" for name in ("base", "one", "two")}
+    for path in weights.values():  # warm the page cache
+        with path.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
+    size = weights["base"].stat().st_size
+    out = args.folder / "out"
+    runs: dict[str, list[Run]] = {}
+    ratios: dict[str, list[float]] = {}
+    for number in range(args.rounds):
+        floors: dict[tuple[str, ...], float] = {}
+        for method in args.methods:
+            content, names = recipe(method, args.folder)
+            path = args.folder / f"{method}.yml"
+            path.write_text(yaml.safe_dump(content, sort_keys=False))
+            key = tuple(names)
+            if key not in floors:
+                target = args.folder / "floor.bin"
+                command = [sys.executable, str(HERE / "floor.py"), str(target), str(size), *(str(weights[n]) for n in names)]
+                run = measure(command)
+                runs.setdefault(f"floor, {len(names)} in", []).append(run)
+                floors[key] = run.wall
+                target.unlink()
+            run = measure([sys.executable, "-m", "mergekit", "merge", str(path), str(out), "-j", str(args.threads), "--quiet"])
+            runs.setdefault(method, []).append(run)
+            ratios.setdefault(method, []).append(run.wall / floors[key])
+            shutil.rmtree(out)
+            print(f"round {number + 1} {method}: {run.wall:.2f} s, {ratios[method][-1]:.2f} x floor", file=sys.stderr)
+    if args.other:
+        for method in args.methods:
+            command = shlex.split(args.other.format(recipe=args.folder / f"{method}.yml", out=out))
+            runs[f"other: {method}"] = [measure(command)]
+            shutil.rmtree(out, ignore_errors=True)
+    table = render(runs, ratios, sum(_size(s) for _, s in shapes), size)
+    print(table)
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "merge_speed.md").write_text(table)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def render(runs: dict[str, list[Run]], ratios: dict[str, list[float]], parameters: int, size: int) -> str:
+    """The table as Markdown."""
+    lines = [
+        "# Merge speed",
+        "",
+        f"{parameters / 1e9:.2f}B parameters, bfloat16, {size / 1e9:.2f} GB a model, page cache warm, "
+        f"{os.cpu_count()} processors ({platform.machine()}), Python {platform.python_version()}; medians of "
+        f"{max(map(len, runs.values()))} rounds. The floor imports what a merge imports and moves the same bytes.",
+        "",
+        "| | wall s | cpu s | peak MB | x floor | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, done in runs.items():
+        wall, cpu = (statistics.median(getattr(r, field) for r in done) for field in ("wall", "cpu"))
+        peak = max(r.peak for r in done) / 1e6
+        ratio = f"{statistics.median(ratios[name]):.2f}" if name in ratios else ""
+        lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {ratio} | {GOAL.get(name, '')} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Tiny random checkpoints of many model families, made and saved by transformers itself.
+
+Sizes are small and differ from one another wherever a family permits, so that a transposed or swapped tensor can't
+fit by chance. Every parameter is random (norms and biases too), and a seed fixes all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB, HIDDEN, FFN, LAYERS, POSITIONS = 61, 22, 37, 3, 47
+LLAMA = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 10, "max_position_embeddings": POSITIONS,
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+SPLIT = {"hidden_size": 32, "head_dim": 16}  # families that rotate a part of each head
+BERT = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2, "max_position_embeddings": POSITIONS}  # fmt: skip
+GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_inner": FFN, "n_layer": LAYERS, "n_head": 2, "n_positions": POSITIONS,
+        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GROUPED = {"hidden_size": 24, "intermediate_size": 36, "num_experts_per_tok": 2}  # rows of 16 bytes, for torch's kernel
+VISION = {"hidden_size": 14, "intermediate_size": 17, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "image_size": 6, "patch_size": 3, "projection_dim": 13}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: its class, the auto class that loads it, and its sizes. ``reads``: what a forward pass takes."""
+
+    model_type: str
+    model_class: str
+    sizes: Mapping[str, Any] = field(default_factory=lambda: LLAMA)
+    auto_class: str = "AutoModelForCausalLM"
+    reads: str = "text"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", "LlamaForCausalLM"),
+    "llama_biased": Family("llama", "LlamaForCausalLM", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "mistral": Family("mistral", "MistralForCausalLM"),
+    "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", {**LLAMA, "hidden_size": 28}),
+    "stablelm": Family("stablelm", "StableLmForCausalLM", {**LLAMA, **SPLIT, "use_qkv_bias": True}),
+    "phi": Family("phi", "PhiForCausalLM", {**LLAMA, **SPLIT}),
+    "phi3": Family("phi3", "Phi3ForCausalLM"),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM"),
+    "gemma2": Family("gemma2", "Gemma2ForCausalLM", {**LLAMA, "sliding_window": 7}),
+    "gpt2": Family("gpt2", "GPT2LMHeadModel", GPT2),
+    "olmo2": Family("olmo2", "Olmo2ForCausalLM"),
+    "mixtral": Family("mixtral", "MixtralForCausalLM", {**LLAMA, **GROUPED, "num_local_experts": 5}),
+    "bert": Family("bert", "BertModel", BERT, "AutoModel"),
+    "bert_masked": Family("bert", "BertForMaskedLM", BERT, "AutoModelForMaskedLM"),
+    "roberta_classifier": Family(
+        "roberta", "RobertaForSequenceClassification", {**BERT, "num_labels": 5}, "AutoModelForSequenceClassification"
+    ),
+    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", {**LLAMA, "sliding_window": 7}),
+    "granite": Family("granite", "GraniteForCausalLM"),
+    "starcoder2": Family("starcoder2", "Starcoder2ForCausalLM"),
+    "falcon": Family(
+        "falcon",
+        "FalconForCausalLM",
+        {**BERT, "hidden_size": 44, "num_kv_heads": 1, "ffn_hidden_size": FFN, "new_decoder_architecture": True},
+    ),
+    "mamba": Family("mamba", "MambaForCausalLM", {**LLAMA, "state_size": 5, "hidden_size": 23}),
+    "t5": Family(
+        "t5",
+        "T5ForConditionalGeneration",
+        {"vocab_size": VOCAB, "d_model": 23, "d_kv": 7, "d_ff": FFN, "num_layers": LAYERS, "num_decoder_layers": 2,
+         "num_heads": 2, "decoder_start_token_id": 0},  # fmt: skip
+        "AutoModelForSeq2SeqLM",
+        "source and target",
+    ),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", {**LLAMA, **GROUPED, "num_experts": 5, "moe_intermediate_size": 20}),
+    "cohere": Family("cohere", "CohereForCausalLM", {**LLAMA, "use_qk_norm": True}),
+    "lfm2": Family(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        {**LLAMA, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
+    "llava": Family(
+        "llava",
+        "LlavaForConditionalGeneration",
+        {"text_config": {"model_type": "llama", **LLAMA}, "image_token_index": VOCAB - 1,
+         "vision_config": {"model_type": "clip_vision_model", **VISION}},  # fmt: skip
+        "AutoModelForImageTextToText",
+        "text and image",
+    ),
+}
+
+
+def save_tiny(name: str, folder: Path, *, seed: int = 0, model_class: str | None = None, **changes: Any) -> Path:
+    """Save a random model of family ``name`` in ``folder``; ``changes`` go into its config.
+
+    ``max_shard_size`` and ``dtype`` (a torch dtype) are arguments of the saving, not of the config.
+    """
+    family = FAMILIES[name]
+    dtype, shard = changes.pop("dtype", torch.float32), changes.pop("max_shard_size", "5GB")
+    config = transformers.AutoConfig.for_model(family.model_type, **{**family.sizes, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class or family.model_class)(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def load_checked(folder: Path, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """The model in ``folder``, loaded as anyone would; AssertionError unless every key is found and fits."""
+    auto = getattr(transformers, auto_class)
+    model, info = auto.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    faults = {key: value for key, value in info.items() if value}
+    assert not faults, f"{folder} does not load cleanly: {faults}"
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs_of(model: Any, reads: str = "text") -> torch.Tensor:
+    """The logits (of a bare model: the hidden states) for a fixed input of ten tokens."""
+    tokens = torch.arange(3, 13).reshape(1, 10)
+    inputs: dict[str, torch.Tensor] = {"input_ids": tokens}
+    if reads == "source and target":
+        inputs["decoder_input_ids"] = tokens.flip(1)[:, :7]
+    if reads == "text and image":
+        size = model.config.vision_config.image_size
+        patches = (size // model.config.vision_config.patch_size) ** 2
+        inputs["input_ids"] = torch.cat([tokens, torch.full((1, patches), model.config.image_token_id)], 1)
+        inputs["pixel_values"] = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
+    result = model(**inputs)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a folder stores."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def names_of(folder: Path) -> set[str]:
+    """The name of every tensor that a folder stores."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names.update(opened.keys())
+    return names
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The folder's config.json."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def edited(
+    folder: Path,
+    into: Path,
+    *,
+    add: Mapping[str, torch.Tensor] | None = None,
+    drop: Iterable[str] = (),
+    rename: Any = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """A copy of a checkpoint with tensors added, dropped or renamed, and config entries changed."""
+    shutil.copytree(folder, into, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {name: tensor for name, tensor in tensors_of(folder).items() if name not in set(drop)}
+    if rename is not None:
+        tensors = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file({**tensors, **(add or {})}, into / "model.safetensors", {"format": "pt"})
+    if config:
+        (into / "config.json").write_text(json.dumps({**config_of(into), **config}))
+    return into
+
+
+def recipe_for(method: str, models: Iterable[Path]) -> dict[str, Any]:
+    """A recipe that merges whole ``models`` by ``method``; the first is the base where the method has one."""
+    paths = [str(path) for path in models]
+    record: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
+    if method == "passthrough":
+        return {**record, "models": [{"model": paths[-1]}]}
+    if method == "slerp":
+        return {**record, "base_model": paths[0], "models": [{"model": paths[1]}], "parameters": {"t": 0.4}}
+    if method == "linear":
+        entries = [{"model": path, "parameters": {"weight": 1 + i}} for i, path in enumerate(paths)]
+        return {**record, "models": entries}
+    parameters = {"weight": 0.6} if method == "task_arithmetic" else {"weight": 0.6, "density": 0.5}
+    entries = [{"model": path, "parameters": parameters} for path in paths[1:]]
+    return {**record, "base_model": paths[0], "models": entries}
