@@ -37,7 +37,9 @@ def llama_shapes(layers: int, hidden: int, ffn: int, vocabulary: int, key_value:
     return [*shapes, ("model.norm.weight", (hidden,)), ("lm_head.weight", (vocabulary, hidden))]
 
 
-def build(folder: Path, shapes: list[Shape], models: tuple[str, ...] = ("base", "one", "two"), layers: int = 22) -> None:
+def build(
+    folder: Path, shapes: list[Shape], models: tuple[str, ...] = ("base", "one", "two"), layers: int = 22
+) -> None:
     """Write bfloat16 models into subfolders of ``folder``, unless they are there. The first is the base."""
     for number, name in enumerate(models):
         target = folder / name / "model.safetensors"

@@ -113,12 +113,20 @@ def main() -> None:
             key = tuple(names)
             if key not in floors:
                 target = args.folder / "floor.bin"
-                command = [sys.executable, str(HERE / "floor.py"), str(target), str(size), *(str(weights[n]) for n in names)]
+                command = [
+                    sys.executable,
+                    str(HERE / "floor.py"),
+                    str(target),
+                    str(size),
+                    *(str(weights[n]) for n in names),
+                ]
                 run = measure(command)
                 runs.setdefault(f"floor, {len(names)} in", []).append(run)
                 floors[key] = run.wall
                 target.unlink()
-            run = measure([sys.executable, "-m", "mergekit", "merge", str(path), str(out), "-j", str(args.threads), "--quiet"])
+            run = measure(
+                [sys.executable, "-m", "mergekit", "merge", str(path), str(out), "-j", str(args.threads), "--quiet"]
+            )
             runs.setdefault(method, []).append(run)
             ratios.setdefault(method, []).append(run.wall / floors[key])
             shutil.rmtree(out)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RunOptions", "check_writable", "memory", "plan", "run_merge", "run_plan"]
 
-RecipeLike = "str | Path | Mapping[str, Any] | MergeConfiguration"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:

@@ -28,7 +28,16 @@ from urllib.parse import urlsplit
 from mergekit.errors import HubError, MergekitError, ModelNotFoundError, nearest
 from mergekit.refs import ModelPath
 
-__all__ = ["RemoteFile", "Repository", "download", "fetch_small", "is_local", "open_repository", "read_range"]
+__all__ = [
+    "RemoteFile",
+    "Repository",
+    "download",
+    "fetch_small",
+    "is_local",
+    "is_offline",
+    "open_repository",
+    "read_range",
+]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PAUSE = 0.5  # seconds before a request is tried for the second and last time
@@ -72,6 +81,13 @@ def is_local(path: ModelPath) -> bool:
     """
     text = path.path
     return text.startswith(("/", "~", ".")) or text.count("/") > 1 or "\\" in text or os.path.exists(text)
+
+
+def is_offline() -> bool:
+    """Whether ``HF_HUB_OFFLINE`` forbids asking the hub."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def open_repository(path: ModelPath, *, cache_dir: Path | None = None) -> Repository:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from mergekit.errors import RecipeError
@@ -35,6 +35,12 @@ class ModelPath:
         """The form that ``parse`` reads."""
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
+    def dump(self) -> str | dict[str, str]:
+        """The text that ``parse`` reads, or a mapping where the path holds what text can't say."""
+        if "@" not in self.path:
+            return str(self)
+        return {"path": self.path, "revision": self.revision} if self.revision else {"path": self.path}
+
     @property
     def short(self) -> str:
         """A name fit for other people's eyes: a folder's own name, or the hub name; never a local path."""
@@ -63,7 +69,10 @@ class ModelReference:
         """
         model, plus, lora = text.partition("+")
         if (plus and not lora) or "+" in lora:
-            raise RecipeError(f"'{text}' is not a model reference: at most one +adapter may follow the model")
+            raise RecipeError(
+                f"'{text}' is not a model reference: at most one +adapter may follow the model "
+                f"(a path with + in it is written as a mapping, model: {{path: ...}})"
+            )
         return cls(ModelPath.parse(model), ModelPath.parse(lora) if lora else None)
 
     @classmethod
@@ -81,25 +90,26 @@ class ModelReference:
                 raise RecipeError("a model reference needs the key 'model'")
             lora = value.get("lora")
             override = value.get("override_architecture")
-            return cls(
-                _path(value["model"]),
-                None if lora is None else _path(lora),
-                None if override is None else str(override),
-            )
-        raise RecipeError(f"expected a model (text or mapping), got {type(value).__name__}")
+            if override is not None and not isinstance(override, str):
+                raise RecipeError("'override_architecture' is the name of an architecture, such as LlamaForCausalLM")
+            return cls(_path(value["model"]), None if lora is None else _path(lora), override)
+        if isinstance(value, PurePath):
+            return cls(ModelPath(str(value)))
+        got = "nothing" if value is None else type(value).__name__
+        raise RecipeError(f"expected a model (text or mapping), got {got}")
 
     def __str__(self) -> str:
         """The form that ``parse`` reads (``override_architecture`` has no textual form)."""
         return f"{self.model}+{self.lora}" if self.lora else str(self.model)
 
     def dump(self) -> str | dict[str, Any]:
-        """What ``model_validate`` reads back: text where text can say it all."""
-        if self.override_architecture is None:
-            return str(self)
-        record: dict[str, Any] = {"model": str(self.model), "override_architecture": self.override_architecture}
+        """What ``model_validate`` reads back: text where text can say it all (a path may hold an @ or a +)."""
+        record: dict[str, Any] = {"model": self.model.dump()}
         if self.lora:
-            record["lora"] = str(self.lora)
-        return record
+            record["lora"] = self.lora.dump()
+        if self.override_architecture is not None:
+            return {**record, "override_architecture": self.override_architecture}
+        return str(self) if all(isinstance(v, str) and "+" not in v for v in record.values()) else record
 
     @property
     def short(self) -> str:
@@ -112,6 +122,10 @@ def _path(value: object) -> ModelPath:
         return value
     if isinstance(value, str):
         return ModelPath.parse(value)
-    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
-        return ModelPath(value["path"], value.get("revision"))
-    raise RecipeError("expected a model path: text, or {path, revision}")
+    if isinstance(value, PurePath):
+        return ModelPath(str(value))
+    if isinstance(value, Mapping) and set(value) <= {"path", "revision"}:
+        path, revision = value.get("path"), value.get("revision")
+        if isinstance(path, str) and path and (revision is None or isinstance(revision, str)):
+            return ModelPath(path, revision or None)
+    raise RecipeError("expected a model path: text, or {path, revision} (a revision of digits only needs quotes)")

@@ -51,7 +51,13 @@ def family(
     root: Path, count: int, dtype: DType = F32, shapes: dict[str, tuple[int, ...]] | None = None, delta: float = 0.3
 ) -> list[Path]:
     """A base and fine-tunes of it: ``count`` models that differ by ``delta`` of the weights' size."""
-    shapes = shapes or {"embed.weight": (13, 7), "layers.0.w": (31, 11), "layers.1.w": (31, 11), "norm": (17,), "one": ()}
+    shapes = shapes or {
+        "embed.weight": (13, 7),
+        "layers.0.w": (31, 11),
+        "layers.1.w": (31, 11),
+        "norm": (17,),
+        "one": (),
+    }
     folders = []
     for number in range(count):
         tensors = {}

@@ -71,9 +71,7 @@ def test_slerp(tmp_path, dtype, t, delta):
 def test_task_arithmetic(tmp_path, dtype, normalize):
     folders = family(tmp_path, 4, dtype, SHAPES)
     base, *others = map(read_model, folders)
-    got = merge(
-        tmp_path, "task_arithmetic", folders, True, {"normalize": normalize, "lambda": 0.8}, {"weight": WEIGHT}
-    )
+    got = merge(tmp_path, "task_arithmetic", folders, True, {"normalize": normalize, "lambda": 0.8}, {"weight": WEIGHT})
     want = {n: oracles.task_arithmetic(base[n], [o[n] for o in others], WEIGHT, normalize, 0.8) for n in SHAPES}
     assert_close(got, want, {n: abs(base[n]) + sum(abs(o[n]) for o in others) for n in SHAPES}, dtype)
 

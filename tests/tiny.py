@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,15 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import mergekit
+from mergekit.methods import get_method
+from mergekit.methods.spec import REQUIRED
+from mergekit.planning import Plan
+from mergekit.planning.plan import leaves
+
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # waking a second thread takes longer than these sums
 
 VOCAB, HIDDEN, FFN, LAYERS, POSITIONS = 61, 22, 37, 3, 47
 LLAMA = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
@@ -77,23 +84,67 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(
         "t5",
         "T5ForConditionalGeneration",
-        {"vocab_size": VOCAB, "d_model": 23, "d_kv": 7, "d_ff": FFN, "num_layers": LAYERS, "num_decoder_layers": 2,
-         "num_heads": 2, "decoder_start_token_id": 0},  # fmt: skip
+        {
+            "vocab_size": VOCAB,
+            "d_model": 23,
+            "d_kv": 7,
+            "d_ff": FFN,
+            "num_layers": LAYERS,
+            "num_decoder_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },  # fmt: skip
         "AutoModelForSeq2SeqLM",
         "source and target",
     ),
-    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", {**LLAMA, **GROUPED, "num_experts": 5, "moe_intermediate_size": 20}),
+    "qwen3_moe": Family(
+        "qwen3_moe", "Qwen3MoeForCausalLM", {**LLAMA, **GROUPED, "num_experts": 5, "moe_intermediate_size": 20}
+    ),
     "cohere": Family("cohere", "CohereForCausalLM", {**LLAMA, "use_qk_norm": True}),
     "lfm2": Family(
         "lfm2",
         "Lfm2ForCausalLM",
         {**LLAMA, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     ),
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        {**LLAMA, **GROUPED, "num_key_value_heads": 2, "n_routed_experts": 6, "moe_intermediate_size": 20, "n_group": 2,
+         "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 11, "kv_lora_rank": 7, "qk_nope_head_dim": 6,
+         "qk_rope_head_dim": 4, "v_head_dim": 5, "head_dim": 4},  # fmt: skip
+    ),
+    "gpt_oss": Family("gpt_oss", "GptOssForCausalLM", {**LLAMA, **GROUPED, "num_local_experts": 4}),
+    "granite_hybrid": Family(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        {**LLAMA, **SPLIT, "shared_intermediate_size": 29, "num_local_experts": 0, "mamba_n_heads": 4,
+         "mamba_d_head": 16, "mamba_d_state": 5, "mamba_n_groups": 1, "layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "distilbert_classifier": Family(
+        "distilbert",
+        "DistilBertForSequenceClassification",
+        {"vocab_size": VOCAB, "dim": HIDDEN, "hidden_dim": FFN, "n_layers": LAYERS, "n_heads": 2, "num_labels": 5,
+         "max_position_embeddings": POSITIONS},  # fmt: skip
+        "AutoModelForSequenceClassification",
+    ),
+    "whisper": Family(
+        "whisper",
+        "WhisperForConditionalGeneration",
+        {"vocab_size": VOCAB, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": LAYERS, "encoder_ffn_dim": FFN,
+         "decoder_ffn_dim": 31, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 5,
+         "max_source_positions": 8, "max_target_positions": POSITIONS, "decoder_start_token_id": 1, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None, "begin_suppress_tokens": None},  # fmt: skip
+        "AutoModelForSpeechSeq2Seq",
+        "sound",
+    ),
     "llava": Family(
         "llava",
         "LlavaForConditionalGeneration",
-        {"text_config": {"model_type": "llama", **LLAMA}, "image_token_index": VOCAB - 1,
-         "vision_config": {"model_type": "clip_vision_model", **VISION}},  # fmt: skip
+        {
+            "text_config": {"model_type": "llama", **LLAMA},
+            "image_token_index": VOCAB - 1,
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+        },  # fmt: skip
         "AutoModelForImageTextToText",
         "text and image",
     ),
@@ -124,6 +175,10 @@ def load_checked(folder: Path, auto_class: str = "AutoModelForCausalLM") -> Any:
     model, info = auto.from_pretrained(folder, output_loading_info=True, dtype="auto")
     faults = {key: value for key, value in info.items() if value}
     assert not faults, f"{folder} does not load cleanly: {faults}"
+    for parameter in model.parameters():
+        parameter.data = (
+            parameter.data.clone()
+        )  # aligned anew: torch's sums depend on a file's offsets in their last bit
     return model.eval()
 
 
@@ -139,6 +194,9 @@ def outputs_of(model: Any, reads: str = "text") -> torch.Tensor:
         patches = (size // model.config.vision_config.patch_size) ** 2
         inputs["input_ids"] = torch.cat([tokens, torch.full((1, patches), model.config.image_token_id)], 1)
         inputs["pixel_values"] = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
+    if reads == "sound":
+        frames = 2 * model.config.max_source_positions
+        inputs = {"input_features": torch.linspace(-1, 1, 5 * frames).reshape(1, 5, frames), "decoder_input_ids": tokens}
     result = model(**inputs)
     return result.logits if "logits" in result else result.last_hidden_state
 
@@ -183,17 +241,32 @@ def edited(
     return into
 
 
-def recipe_for(method: str, models: Iterable[Path]) -> dict[str, Any]:
-    """A recipe that merges whole ``models`` by ``method``; the first is the base where the method has one."""
-    paths = [str(path) for path in models]
-    record: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
-    if method == "passthrough":
-        return {**record, "models": [{"model": paths[-1]}]}
-    if method == "slerp":
-        return {**record, "base_model": paths[0], "models": [{"model": paths[1]}], "parameters": {"t": 0.4}}
-    if method == "linear":
-        entries = [{"model": path, "parameters": {"weight": 1 + i}} for i, path in enumerate(paths)]
-        return {**record, "models": entries}
-    parameters = {"weight": 0.6} if method == "task_arithmetic" else {"weight": 0.6, "density": 0.5}
-    entries = [{"model": path, "parameters": parameters} for path in paths[1:]]
-    return {**record, "base_model": paths[0], "models": entries}
+def recipe_for(method: str, models: Sequence[Path]) -> dict[str, Any]:
+    """A recipe that merges whole ``models`` by ``method``, as many of them as it takes.
+
+    The first is the base where the method needs one; what the method declares as required gets a value.
+    """
+    declared = get_method(method)
+    paths = [str(path) for path in models][: declared.most]
+    values = {p.name: 0.6 for p in declared.params if p.default is REQUIRED}
+    if declared.parameter("density"):
+        values["density"] = 0.5
+    record: dict[str, Any] = {"merge_method": method, "parameters": values}
+    if declared.base == "required":
+        record["base_model"] = paths.pop(0)
+    return {**record, "models": [{"model": path} for path in paths]}
+
+
+def merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> Plan:
+    """Run ``recipe`` into the folder ``out``; returns the plan that it followed."""
+    plans: list[Plan] = []
+    mergekit.run_merge(recipe, out, on_plan=plans.append, **options)
+    return plans[0]
+
+
+def unaccounted(plan: Plan) -> dict[str, set[str]]:
+    """Input tensors that the plan neither reads nor lists as left out, by folder."""
+    seen = {(read.source, read.info.name) for output in plan.outputs for read in leaves(output.expression)}
+    seen |= {(source, name) for source, name, _ in plan.left_out}
+    found = {s.folder: names_of(Path(s.folder)) - {n for k, n in seen if k == i} for i, s in enumerate(plan.sources)}
+    return {folder: names for folder, names in found.items() if names}

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mergekit.checkpoint.header import TensorInfo, read_header
-from mergekit.checkpoint.index import find_weights, read_json
+from mergekit.checkpoint.index import find_weights, read_config
 from mergekit.errors import CheckpointError
 
 __all__ = ["Checkpoint", "FileIdentity", "open_checkpoint"]
@@ -54,12 +54,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     from mergekit.checkpoint.quantized import refuse_quantized
 
     files, weight_map = find_weights(folder)
-    config_path = folder / "config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = read_config(folder)
     tensors: dict[str, TensorInfo] = {}
     identities: list[FileIdentity] = []
     notices: list[str] = []
-    pickled = not files[0].endswith(".safetensors")
+    pickled = not files[0].lower().endswith(".safetensors")
     for file in files:
         path = folder / file
         if pickled:
@@ -73,16 +72,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         identities.append(FileIdentity(file, status.st_size, status.st_mtime_ns, digest))
         for name, info in infos.items():
             if name in tensors:
-                raise CheckpointError(f"{folder}: tensor '{name}' is in both {tensors[name].file} and {file}")
+                raise CheckpointError(
+                    f"{folder}: tensor '{name}' is in both {tensors[name].file} and {file}; download the model again"
+                )
             if weight_map is not None and weight_map.get(name) != file:
-                raise CheckpointError(f"{path}: tensor '{name}' is not listed for this file by the index")
+                raise CheckpointError(
+                    f"{path}: the index does not list tensor '{name}' for this file; download the model again"
+                )
             tensors[name] = info
     if weight_map is not None:
         for name in weight_map:
             if name not in tensors:
-                raise CheckpointError(f"{folder}: the index lists tensor '{name}', but {weight_map[name]} lacks it")
+                raise CheckpointError(
+                    f"{folder}: the index lists tensor {name!r:.200}, but {weight_map[name]} lacks it; "
+                    f"download the model again"
+                )
     if not tensors:
-        raise CheckpointError(f"{folder}: the weight files hold no tensors")
+        raise CheckpointError(f"{folder}: the weight files hold no tensors; download the model again")
     refuse_quantized(folder, config, tensors)
     return Checkpoint(
         folder, MappingProxyType(tensors), MappingProxyType(config), tuple(identities), pickled, tuple(notices)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,13 +18,17 @@ from pathlib import Path
 from mergekit.dtypes import BY_CODE, DType
 from mergekit.errors import CheckpointError
 
-__all__ = ["MAX_HEADER", "TensorInfo", "build_header", "parse_header", "read_header"]
+__all__ = ["CONTROL", "MAX_HEADER", "TensorInfo", "build_header", "parse_header", "read_header"]
 
 MAX_HEADER = 100 * 1024 * 1024
 """Bytes of JSON that we are willing to parse; the safetensors library has the same limit."""
 
 _BITS = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 """Types that exist in the wild but that we can only recognise and refuse."""
+_PICKLE = "pytorch_model.bin"
+_DAMAGED = "the file is damaged or hostile, download it again"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters that no name of a tensor holds: they could steer a terminal, or can't be written as UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +77,19 @@ def header_length(start: bytes, size: int, path: Path | str) -> int:
     if len(start) < 8:
         raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
     (length,) = struct.unpack("<Q", start)
-    if start[:8] == b"version " or start[:1] == b"<":
-        raise CheckpointError(f"{path}: this is a pointer or a web page, not the weights (run `git lfs pull`?)")
-    if length > MAX_HEADER or length > size - 8:
-        raise CheckpointError(
-            f"{path}: the header claims {length} bytes in a file of {size}; the file is truncated or not safetensors"
-        )
-    return int(length)
+    if length <= min(MAX_HEADER, size - 8):
+        return int(length)
+    # What stands there instead of a length tells what the file is.
+    if start == b"version ":
+        raise CheckpointError(f"{path}: this is a git-lfs pointer, not the weights; run `git lfs pull`")
+    if start.lstrip()[:1] in (b"<", b"{"):
+        raise CheckpointError(f"{path}: this is a web page or a server's answer, not the weights; download it again")
+    if start.startswith((b"PK", b"\x80")):
+        raise CheckpointError(f"{path}: this is a pickle under the name of a safetensors file; call it {_PICKLE}")
+    raise CheckpointError(
+        f"{path}: the header claims {length} bytes in a file of {size}; "
+        f"the file is truncated or not safetensors, download it again"
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -95,9 +106,10 @@ def parse_header(raw: bytes, size: int, path: Path | str) -> dict[str, TensorInf
     try:
         record = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not valid: {error}") from None
+        fault = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.120}"
+        raise CheckpointError(f"{path}: the header is not valid ({fault}); download the file again") from None
     if not isinstance(record, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object")
+        raise CheckpointError(f"{path}: the header is not a JSON object; download the file again")
     record.pop("__metadata__", None)
     data = 8 + len(raw)
     name = getattr(path, "name", str(path))
@@ -107,7 +119,7 @@ def parse_header(raw: bytes, size: int, path: Path | str) -> dict[str, TensorInf
     for info in infos:
         if info.offset != position:
             word = "overlaps the tensor before it" if info.offset < position else "is preceded by a hole"
-            raise CheckpointError(f"{path}: tensor '{info.name}' {word}; the file is damaged or hostile")
+            raise CheckpointError(f"{path}: tensor '{info.name}' {word}; {_DAMAGED}")
         position += info.nbytes
     if position != size:
         raise CheckpointError(
@@ -119,26 +131,31 @@ def parse_header(raw: bytes, size: int, path: Path | str) -> dict[str, TensorInf
 
 def _entry(name: str, value: object, data: int, size: int, file: str, path: Path | str) -> TensorInfo:
     def fault(text: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor '{name}' {text}")
+        return CheckpointError(f"{path}: tensor {name!r:.200} {text}")
 
+    if CONTROL.search(name):
+        raise fault(f"has a name with control characters; {_DAMAGED}")
     if not isinstance(value, Mapping):
-        raise fault("has no description")
+        raise fault(f"has no description; {_DAMAGED}")
     code, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(code, str) or (code not in BY_CODE and code not in _BITS):
         raise fault(f"has the unknown dtype {code!r}; this file needs a newer mergekit, or is damaged")
     if code in _BITS:
         raise fault(f"has the packed dtype {code}, which can't be merged; use a bfloat16 or float16 version")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:  # type: ignore[arg-type]
-        raise fault("has a malformed shape or offsets")
+        raise fault(f"has a malformed shape or offsets; {_DAMAGED}")
     assert isinstance(shape, list)
     assert isinstance(offsets, list)
     dtype = BY_CODE[code]
     nbytes = math.prod(shape) * dtype.size
     begin, end = offsets
     if end < begin or data + end > size:
-        raise fault(f"claims bytes {begin} to {end} of {max(size - data, 0)}; the file is truncated or hostile")
+        raise fault(
+            f"claims bytes {begin} to {end} of {max(size - data, 0)}; "
+            f"the file is truncated or hostile, download it again"
+        )
     if end - begin != nbytes:
-        raise fault(f"has {end - begin} bytes but {list(shape)} {dtype} needs {nbytes}")
+        raise fault(f"has {end - begin} bytes but {shape!s:.80} {dtype} needs {nbytes}; {_DAMAGED}")
     return TensorInfo(name, dtype, tuple(shape), file, data + begin, nbytes)
 
 

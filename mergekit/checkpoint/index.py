@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePosixPath
+import re
+from pathlib import Path
 from typing import Any
 
 from mergekit.errors import CheckpointError, ModelNotFoundError
 
-__all__ = ["WEIGHT_SUFFIXES", "find_weights", "is_weight_file", "read_json"]
+__all__ = ["WEIGHT_SUFFIXES", "find_weights", "is_weight_file", "read_config", "read_json", "read_weight_map"]
 
 _CANDIDATES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
 _MAX_JSON = 256 * 1024 * 1024
 
 
@@ -29,10 +31,21 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        fault = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.120}"
+        raise CheckpointError(f"{path}: not valid JSON ({fault}); download it again, or mend it") from None
     if not isinstance(record, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object; download it again")
     return record
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder, empty where there is none; what it says of architectures is checked."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{path}: 'architectures' is not a list of names; download it again, or mend it")
+    return config
 
 
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -46,7 +59,7 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     for name in _CANDIDATES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            weight_map = _weight_map(index)
+            weight_map = read_weight_map(index)
             files = sorted(set(weight_map.values()))
             missing = [f for f in files if not (folder / f).is_file()]
             if missing:
@@ -69,11 +82,18 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     raise ModelNotFoundError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of either; {found}")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The map from tensor to file of an index; CheckpointError for a file name that is not one."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map in this index")
+        raise CheckpointError(f"{index}: no weight_map in this index; download it again")
+    is_safetensors = index.name == "model.safetensors.index.json"
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or PurePosixPath(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index}: tensor '{tensor}' is said to be in {file!r}, which is not a file name")
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file) or file in (".", ".."):
+            raise CheckpointError(
+                f"{index}: tensor {tensor!r:.200} is said to be in {file!r:.200}, which is not a file name; "
+                f"the index is damaged or hostile"
+            )
+        if file.lower().endswith(".safetensors") != is_safetensors:
+            raise CheckpointError(f"{index}: {file!r} is not the kind of file that this index is for")
     return weight_map

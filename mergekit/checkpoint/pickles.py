@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import tarfile
+import warnings
 import zipfile
+from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -10,35 +14,89 @@ from typing import Any
 
 import numpy as np
 
-from mergekit.checkpoint.header import TensorInfo
+from mergekit.checkpoint.header import CONTROL, TensorInfo
 from mergekit.dtypes import BY_CODE, DType
 from mergekit.errors import CheckpointError
 
 __all__ = ["PickledTensor", "pickle_header"]
 
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
-@lru_cache(maxsize=64)
+
 def _load(path: Path) -> tuple[dict[str, Any], bool]:
     """The tensors of a pickled shard, memory-mapped where the format allows, and whether that was so."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    return _load_state(path, (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+@lru_cache(maxsize=64)
+def _load_state(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
+    """``_load`` of the file as it is now: a file that changes is another one."""
     import torch
 
-    mapped = zipfile.is_zipfile(path)
+    mapped = _is_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about pickles of other versions: a fault is raised anyway
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler raises many types; each means that the file can't be trusted
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path}: refused by torch's safe reader ({first[:160]}); use the model's safetensors version"
-        ) from None
+        raise CheckpointError(f"{path}: {_reason(path, str(error))}") from None
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"{path}: tensor '{name}' is {tensor.layout}, not a plain array")
+        if not isinstance(name, str) or CONTROL.search(name):
+            raise CheckpointError(f"{path}: {name!r:.200} is not the name of a tensor; the file is damaged or hostile")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device.type}"
+            raise CheckpointError(f"{path}: tensor '{name}' is {kind}, not a plain array; save the plain weights")
+    _check_storages(path, tensors.values())
     return tensors, mapped
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a pickle has its tensors beside it in a zip archive, from which they can be mapped."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except zipfile.BadZipFile:
+        if tarfile.is_tarfile(path):  # before 2.6, torch's safe reader could be made to run code by these
+            raise CheckpointError(f"{path}: a tar archive of 2017 or earlier; use the safetensors version") from None
+        return False
+    if packed:
+        raise CheckpointError(
+            f"{path}: a compressed archive, which torch never writes; unpack it, or download it again"
+        )
+    return True
+
+
+def _check_storages(path: Path, tensors: Iterable[Any]) -> None:
+    """Refuse storages that reach into each other: a record of the archive is shorter than the pickle claims."""
+    storages = {(s.data_ptr(), s.nbytes()) for s in (tensor.untyped_storage() for tensor in tensors) if s.nbytes()}
+    end = 0
+    for start, nbytes in sorted(storages):
+        if start < end:
+            raise CheckpointError(f"{path}: its tensors overlap; the file is damaged or hostile, download it again")
+        end = start + nbytes
+
+
+def _reason(path: Path, text: str) -> str:
+    """Why torch's safe reader refused a file, in one line."""
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    if start.startswith(b"version "):
+        return "this is a git-lfs pointer, not the weights; run `git lfs pull`"
+    if start.lstrip()[:1] in (b"<", b"{"):
+        return "this is a web page or a server's answer, not the weights; download it again"
+    name = _GLOBAL.search(text)
+    if name:
+        return f"this pickle asks for '{name[1]:.80}', which could run code: refused; use the safetensors version"
+    return "the file is damaged, or not a pickle of tensors; download it again, or use the safetensors version"
 
 
 def _dtype(tensor: Any, name: str, path: Path) -> DType:
@@ -69,7 +127,7 @@ class PickledTensor:
     def __init__(self, path: Path, name: str) -> None:
         import torch
 
-        tensor = _load(path)[0][name].detach().contiguous()
+        tensor = _load(path)[0][name].detach().resolve_neg().contiguous()
         self._bytes: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
 
     def read_into(self, buffer: np.ndarray, start: int) -> None:

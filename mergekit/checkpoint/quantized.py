@@ -15,14 +15,17 @@ __all__ = ["Scale", "refuse_quantized", "scale_of", "scale_target"]
 
 _REMEDY = "merge the unquantised (bfloat16 or float16) model and quantise the result"
 _PACKED = (
-    ("GPTQ", re.compile(r"\.qweight$|\.qzeros$|\.g_idx$")),
+    ("GPTQ or AWQ", re.compile(r"\.qweight$|\.qzeros$|\.g_idx$")),
     ("bitsandbytes 4-bit", re.compile(r"\.quant_state\.|\.weight\.absmax$|\.weight\.quant_map$")),
     ("bitsandbytes 8-bit", re.compile(r"\.SCB$|\.weight_format$")),
     ("MXFP4", re.compile(r"_blocks$")),
     ("compressed-tensors", re.compile(r"\.weight_packed$")),
+    ("EXL2", re.compile(r"\.q_weight$")),
+    ("HQQ", re.compile(r"\.W_q$")),
+    ("AQLM", re.compile(r"\.codes$")),
+    ("Quanto", re.compile(r"\.weight\._data$")),
 )
 _SCALE = re.compile(r"^(?P<weight>.*weight)_scale(?P<inverse>_inv)?$")
-_CONFIG_OK = {"fp8", "compressed-tensors", "fbgemm_fp8", "finegrained_fp8", "modelopt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +42,17 @@ class Scale:
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Raise QuantizedError, with the remedy, if the tensors are packed integers or fp8 without usable scales."""
-    for name in tensors:
-        for label, pattern in _PACKED:
-            if pattern.search(name) and not (label == "MXFP4" and name.replace("_blocks", "_scales") not in tensors):
-                kind = _method(config) or label
-                raise QuantizedError(f"{folder}: {kind} weights ('{name}') can't be merged; {_REMEDY}")
     method = _method(config)
-    has_fp8 = any(info.dtype.kind == "fp8" for info in tensors.values())
-    if method and method not in _CONFIG_OK and not has_fp8:
-        integers = [n for n, i in tensors.items() if i.dtype.kind == "int" and n.endswith("weight")]
-        if integers:
-            raise QuantizedError(f"{folder}: {method} weights ('{integers[0]}') can't be merged; {_REMEDY}")
+    for name, info in tensors.items():
+        for label, pattern in _PACKED:
+            if not pattern.search(name) or (info.dtype.is_float and not label.startswith("bitsandbytes")):
+                continue
+            if label == "MXFP4" and name.replace("_blocks", "_scales") not in tensors:
+                continue
+            raise QuantizedError(f"{folder}: {method or label} weights ('{name}') can't be merged; {_REMEDY}")
+    for name, info in tensors.items():
+        if info.dtype.kind == "int" and name.endswith("weight") and (method or f"{name}_scale" in tensors):
+            raise QuantizedError(f"{folder}: {method or 'integer'} weights ('{name}') can't be merged; {_REMEDY}")
     for name, info in tensors.items():
         if info.dtype.kind == "fp8" and scale_of(name, tensors) is None:
             raise QuantizedError(f"{folder}: fp8 tensor '{name}' {info} has no usable scale beside it; {_REMEDY}")
@@ -57,7 +60,10 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any], tensors: Mapping[s
 
 def _method(config: Mapping[str, Any]) -> str | None:
     record = config.get("quantization_config")
-    return str(record.get("quant_method", "quantised")) if isinstance(record, Mapping) else None
+    if not isinstance(record, Mapping):
+        return None
+    name = str(record.get("quant_method", "quantised"))
+    return name.upper() if name in ("gptq", "awq", "mxfp4", "hqq", "aqlm") else name
 
 
 def scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> Scale | None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from mergekit.checkpoint.checkpoint import Checkpoint, FileIdentity
 from mergekit.checkpoint.header import header_length, parse_header
-from mergekit.checkpoint.index import read_json
+from mergekit.checkpoint.index import read_config, read_weight_map
 from mergekit.checkpoint.quantized import refuse_quantized
 from mergekit.errors import CheckpointError
 
@@ -21,19 +21,23 @@ def open_remote_headers(
 ) -> Checkpoint:
     """The tensors of a remote model.
 
-    ``folder`` holds its small files; ``sizes`` are the bytes of its safetensors files by name, in order;
-    ``read_range(name, start, stop)`` returns bytes of one of them.
+    ``folder`` holds its small files; ``sizes`` are the bytes of its files by name; ``read_range(name, start, stop)``
+    returns bytes of one of them.
     """
-    if not sizes:
-        raise CheckpointError(f"{label}: no safetensors files, so it can't be planned before download")
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_weight_map(index).values())) if index.is_file() else ["model.safetensors"]
+    if not sizes.keys() >= set(names):
+        raise CheckpointError(
+            f"{label}: {next(n for n in names if n not in sizes)} is missing, or goes by another name"
+        )
     tensors, identities = {}, []
-    for name, size in sizes.items():
+    for name in names:
+        size = sizes[name]
         length = header_length(read_range(name, 0, 8), size, f"{label}/{name}")
         raw = read_range(name, 8, 8 + length)
         for info in parse_header(raw, size, Path(label) / name).values():
             tensors[info.name] = info
         identities.append(FileIdentity(name, size, 0, blake2b(raw, digest_size=8).hexdigest()))
-    config_path = folder / "config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = read_config(folder)
     refuse_quantized(Path(label), config, tensors)
     return Checkpoint(folder, MappingProxyType(tensors), MappingProxyType(config), tuple(identities))

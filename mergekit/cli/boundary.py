@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from mergekit.errors import MergekitError
 
-__all__ = ["run", "say"]
+__all__ = ["plain", "run", "say"]
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def say(text: str = "") -> None:
-    """Print a line for people on stderr; results go to stdout."""
-    print(text, file=sys.stderr, flush=True)
+    """Print lines for people on stderr; results go to stdout. Names from files can't reach the terminal's controls."""
+    print(plain(text), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """``text`` with control characters written out, and lines of more than 1,000 characters cut.
+
+    >>> plain("a\\x1b[31m")
+    'a\\\\x1b[31m'
+    """
+    lines = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text).split("\n")
+    return "\n".join(line if len(line) <= 1000 else line[:900] + " ... " + line[-90:] for line in lines)
 
 
 def run(command: Callable[..., Any]) -> None:
@@ -29,6 +42,9 @@ def run(command: Callable[..., Any]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         sys.exit(1)
     except MemoryError:
         say("error: out of memory; close other programs, or use fewer threads (-j 1)")

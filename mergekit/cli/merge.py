@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit.cli.boundary import run, say
+from mergekit.errors import UsageError
 from mergekit.options import add_merge_options
 from mergekit.version import __version__
 
@@ -30,6 +31,8 @@ def merge(config_file: str, out_path: str, dry_run: bool, merge_options: Any) ->
     from mergekit import api
 
     options = merge_options.run_options()
+    if not out_path:
+        raise UsageError("OUT_PATH is empty; give a folder for the output")
     if dry_run:
         from mergekit.cli.plan import print_plan
 

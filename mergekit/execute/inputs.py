@@ -17,9 +17,13 @@ __all__ = ["Inputs", "Reader"]
 
 
 class Reader(Protocol):
-    """Gives the elements of one input tensor, as raw bytes of element type ``dtype``."""
+    """Gives the elements of one input tensor, as raw bytes of element type ``dtype``.
+
+    ``offset`` is where they start in their file, -1 if they don't come straight from one.
+    """
 
     dtype: DType
+    offset: int
 
     def read(self, start: int, count: int, row: np.ndarray) -> None:
         """Fill the head of ``row`` (uint8) with elements ``start .. start + count``."""
@@ -71,13 +75,14 @@ class Inputs:
 class _FileReader:
     def __init__(self, descriptor: int, read: Read, path: Path) -> None:
         self.dtype = read.info.dtype
-        self._descriptor, self._offset, self._path, self._name = descriptor, read.info.offset, path, read.info.name
+        self.offset = read.info.offset
+        self._descriptor, self._path, self._name = descriptor, path, read.info.name
 
     def read(self, start: int, count: int, row: np.ndarray) -> None:
         wanted = count * self.dtype.size
         done = 0
         while done < wanted:
-            place = self._offset + start * self.dtype.size + done
+            place = self.offset + start * self.dtype.size + done
             try:
                 got = os.preadv(self._descriptor, [row[done:wanted].data], place)
             except OSError as error:
@@ -93,7 +98,7 @@ class _PickleReader:
     def __init__(self, path: Path, read: Read) -> None:
         from mergekit.checkpoint.pickles import PickledTensor
 
-        self.dtype = read.info.dtype
+        self.dtype, self.offset = read.info.dtype, -1
         self._tensor = PickledTensor(path, read.info.name)
 
     def read(self, start: int, count: int, row: np.ndarray) -> None:
@@ -105,6 +110,7 @@ class _Fp8Reader:
     """Gives float32 values: fp8 numbers times the scale of their block."""
 
     dtype = F32
+    offset = -1
 
     def __init__(self, inputs: Inputs, leaf: Dequantize) -> None:
         from mergekit.kernels import codec

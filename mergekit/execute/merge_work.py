@@ -126,7 +126,7 @@ class SparseWork(FloatWork):
             self._rules[m] = self.kernels.KEEP_NONE
         elif isinstance(keep, TopMagnitude):
             self._rules[m] = self.kernels.KEEP_TOP
-            self._counts[m] = max(1, int(np.floor(keep.density * self.size)))
+            self._counts[m] = min(max(1, int(np.floor(keep.density * self.size))), self.size)
         else:
             self._rules[m] = self.kernels.KEEP_RANDOM
             self._chances[m] = min(round(keep.density * 2**32), 2**32 - 1)

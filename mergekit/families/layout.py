@@ -14,7 +14,7 @@ from typing import Any
 
 from mergekit.families.config import layer_count
 
-__all__ = ["Layout", "Place", "Stack", "infer_layout", "is_derived_buffer", "is_embedding", "is_head", "role_of"]
+__all__ = ["Layout", "Place", "Stack", "infer_layout", "is_derived_buffer", "is_embedding", "is_head"]
 
 _NUMBERED = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<suffix>.+)$")
 _EMBEDDING = re.compile(
@@ -29,7 +29,7 @@ _DERIVED = re.compile(
     r"|(^|\.)embeddings\.(position_ids|token_type_ids))$"
 )
 _FIRST = re.compile(
-    r"embed(?!_out)|wte|wpe|(^|\.)(shared|encoder|vision|visual|multi_modal|patch|positional|relative_pe|rotary|conv\d)"
+    r"(?<!un)embed(?!_out|ding_norm)|wte|wpe|(^|\.)(shared|encoder|vision|visual|multi_modal|patch|positional|relative_pe|rotary|conv\d)"
 )
 _PREFERRED = ("language_model", "text_model", "decoder", "model.layers", "transformer.h")
 
@@ -75,6 +75,21 @@ class Layout:
             return 0.0
         count = self.stacks[place.stack].count
         return 1.0 if count == 1 else place.index / (count - 1)
+
+    def role(self, name: str) -> str:
+        """``first`` for what stands before the main layers (embeddings), ``last`` for what stands after (norm, heads).
+
+        The module that holds the main layers says nothing about its other tensors: ``encoder.`` of a BERT-like model.
+        """
+        parent = "" if self.main is None else self.main.prefix[:-1].rpartition(".")[0] + "."
+        return "first" if _FIRST.search(name.removeprefix(parent)) and not is_head(name) else "last"
+
+    def is_extra(self, name: str) -> bool:
+        """Whether ``name`` belongs to a layer stored past the last of the main stack (a head that predicts further)."""
+        match = _NUMBERED.match(name)
+        return match is not None and self.main is not None and (
+            match["prefix"] == self.main.prefix and int(match["index"]) >= self.main.count
+        )
 
 
 def infer_layout(names: Iterable[str], config: Mapping[str, Any]) -> Layout:
@@ -124,8 +139,3 @@ def is_derived_buffer(name: str, shape: tuple[int, ...]) -> bool:
     if name.endswith((".attn.bias", ".attention.bias")):
         return len(shape) == 4
     return _DERIVED.search(name) is not None
-
-
-def role_of(name: str) -> str:
-    """``first`` for tensors before the layers (embeddings), ``last`` for those after them (norm, heads)."""
-    return "first" if _FIRST.search(name) and not is_head(name) else "last"

@@ -12,11 +12,15 @@ scales made from them. float64 never reaches a device, since MPS has none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit.errors import UsageError
+from mergekit.errors import RunError, UsageError
 from mergekit.kernels import codec, sparse
 from mergekit.kernels.checksum import checksum
 from mergekit.kernels.philox import GROUP, MULTIPLIERS, ROUNDS, WEYL
@@ -27,6 +31,24 @@ __all__ = ["TorchKernels", "random_words"]
 _TYPES: dict[int, torch.dtype] = {code: getattr(torch, dtype.name) for dtype, code in codec.CODES.items()}
 _MASK = 0xFFFFFFFF
 _MAGNITUDE = 0x7FFFFFFF
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_device(kernel: Callable[P, R]) -> Callable[P, R]:
+    """``kernel``, whose failing for want of memory on the device is put in a sentence."""
+
+    @wraps(kernel)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return kernel(*args, **kwargs)
+        except RuntimeError as error:  # each kind of device has its own class of it
+            if "out of memory" not in str(error):
+                raise
+            raise RunError("the device is out of memory; free some of it, or use --device cpu") from None
+
+    return call
 
 
 class TorchKernels:
@@ -51,12 +73,13 @@ class TorchKernels:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise UsageError(f"torch can't compute on '{device}' here ({reason}); use --device cpu") from None
-        self.block_bytes = (4 if self.device.type == "cpu" else 64) << 20
+        self.block_bytes = (1 if self.device.type == "cpu" else 64) << 20
 
     def all_finite(self, raw: np.ndarray, code: int, count: int) -> bool:
         """See ``codec.all_finite``. On the machine itself: these bytes are only copied."""
         return bool(torch.isfinite(_typed(raw, code, count)).all())
 
+    @_on_device
     def weighted_sum(
         self, raw: np.ndarray, codes: np.ndarray, coefficients: np.ndarray, count: int, out: np.ndarray, out_code: int
     ) -> bool:
@@ -66,6 +89,7 @@ class TorchKernels:
             total += self._load(raw[m], codes[m], count) * float(coefficients[m])
         return _store(total, out, out_code)
 
+    @_on_device
     def weighted_delta_sum(
         self,
         raw: np.ndarray,
@@ -84,6 +108,7 @@ class TorchKernels:
                 total += (self._load(raw[m], codes[m], count) - origin) * float(coefficients[m])
         return _store(total + origin, out, out_code)
 
+    @_on_device
     def gram(self, raw: np.ndarray, codes: np.ndarray, base: int, count: int, totals: np.ndarray) -> None:
         """See ``span.gram``."""
         values = [self._load(raw[m], codes[m], count) for m in range(len(codes))]
@@ -94,6 +119,7 @@ class TorchKernels:
                 if base not in (a, b):
                     totals[a, b] = _add_up(totals[a, b], values[a] * values[b])
 
+    @_on_device
     def coarse_histogram(
         self, raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.ndarray, count: int, totals: np.ndarray
     ) -> None:
@@ -103,6 +129,7 @@ class TorchKernels:
             magnitude = _magnitude(self._load(raw[m], codes[m], count) - origin)
             totals[m] += _histogram(magnitude >> 16, sparse.COARSE_BINS, totals.dtype)
 
+    @_on_device
     def fine_histogram(
         self,
         raw: np.ndarray,
@@ -120,6 +147,7 @@ class TorchKernels:
             hits = magnitude[(magnitude >> 16) == int(bins[m])]
             totals[m] += _histogram(hits & 0xFFFF, sparse.FINE_BINS, totals.dtype)
 
+    @_on_device
     def kept_norms(
         self,
         raw: np.ndarray,
@@ -143,6 +171,7 @@ class TorchKernels:
             totals[m, 0] = _add_up(totals[m, 0], delta.abs())
             totals[m, 1] = _add_up(totals[m, 1], kept.abs())
 
+    @_on_device
     def sparse_sum(
         self,
         raw: np.ndarray,
@@ -269,7 +298,7 @@ def _keep(
     quota[m] = max(left - ties, 0)
     is_kept = magnitude >= int(threshold)
     if ties > left:
-        is_kept &= ~is_tie | (torch.cumsum(is_tie, 0, dtype=torch.int32) <= left)
+        is_kept &= ~is_tie | (torch.cumsum(is_tie.to(torch.int32), 0, dtype=torch.int32) <= left)
     return torch.where(is_kept, delta, 0.0)
 
 

@@ -19,6 +19,7 @@ KEEP_ALL, KEEP_TOP, KEEP_RANDOM, KEEP_NONE = 0, 1, 2, 3
 COARSE_BINS = 1 << 15
 FINE_BINS = 1 << 16
 _TABLES = 4
+_RUN = 128
 _MAGNITUDE = 0x7FFFFFFF
 
 
@@ -64,9 +65,23 @@ def coarse_histogram(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.n
 
 
 @kernel
+def _count_low_bits(keys: np.ndarray, size: int, wanted_bin: np.uint32, row: np.ndarray) -> None:
+    """Count the lower 16 bits of the keys in one bin. Hits are rare: most runs of keys are passed over at once."""
+    for start in range(0, size, _RUN):
+        run = keys[start : min(start + _RUN, size)]
+        is_hit = np.uint32(0)
+        for i in range(len(run)):
+            is_hit |= np.uint32(np.uint32(run[i] >> np.uint32(16)) == wanted_bin)
+        if is_hit:
+            for i in range(len(run)):
+                if np.uint32(run[i] >> np.uint32(16)) == wanted_bin:
+                    row[np.uint64(run[i] & np.uint32(0xFFFF))] += 1
+
+
+@kernel
 def fine_histogram(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.ndarray, bins: np.ndarray, count: int,
                    totals: np.ndarray) -> None:  # fmt: skip
-    """Count the lower 16 bits of the |delta| whose upper bits are ``bins[m]``, into int64 [models, 65536]."""
+    """Count the lower 16 bits of the |delta| whose upper bits are ``bins[m]``, into uint32 [models, 65536]."""
     origin = np.empty(GROUP, np.float32)
     delta = np.empty(GROUP, np.float32)
     keys = np.empty(GROUP, np.uint32)
@@ -77,17 +92,9 @@ def fine_histogram(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.nda
             if not wanted[m]:
                 continue
             _deltas(raw, codes, base, m, start, origin, delta, size)
-            wanted_bin = np.uint32(bins[m])
-            hits = np.int32(0)
             for i in range(size):
                 keys[i] = as_bits(delta[i]) & np.uint32(_MAGNITUDE)
-                hits += np.int32(np.uint32(keys[i] >> np.uint32(16)) == wanted_bin)
-            if hits == 0:
-                continue
-            row = totals[m]
-            for i in range(size):
-                if np.uint32(keys[i] >> np.uint32(16)) == wanted_bin:
-                    row[np.uint64(keys[i] & np.uint32(0xFFFF))] += 1
+            _count_low_bits(keys, size, np.uint32(bins[m]), totals[m])
 
 
 @kernel

@@ -86,12 +86,12 @@ def _open(reference: ModelReference, cache_dir: Path | None, quiet: bool, fetch:
     folder = Path(reference.model.path).expanduser()
     if folder.is_dir() or hub.is_local(reference.model):
         return open_checkpoint(folder)
-    if fetch:
+    repository = None if fetch or hub.is_offline() else hub.open_repository(reference.model, cache_dir=cache_dir)
+    sizes = {f.name: f.size for f in repository.files} if repository else {}
+    if repository is None or not any(name.endswith(".safetensors") for name in sizes):
         return open_checkpoint(hub.download(reference.model, cache_dir=cache_dir, quiet=quiet))
     from mergekit.checkpoint.remote import open_remote_headers
 
-    repository = hub.open_repository(reference.model, cache_dir=cache_dir)
-    sizes = {f.name: f.size for f in repository.files if f.name.endswith(".safetensors") and "/" not in f.name}
     return open_remote_headers(
         str(reference.model), hub.fetch_small(repository), sizes, lambda *place: hub.read_range(repository, *place)
     )

@@ -22,6 +22,8 @@ _OLD_WORDS = frozenset({"int8_mask", "embed_slerp"})
 """Parameter words that belong to no method but that recipes for arcee mergekit may carry anywhere."""
 
 Path_ = tuple[str | int, ...]
+Remark = tuple[str, str]
+"""A place in the recipe, and what there is to say about it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,17 +65,26 @@ def load_recipe(source: str | Path | Mapping[str, Any] | MergeConfiguration) -> 
         method = get_method(config.merge_method)
     except UsageError as error:
         raise RecipeError(str(error), place=text.place(("merge_method",))) from None
-    warnings: list[str] = list(text.duplicates)
-    notes: list[str] = []
+    warnings: list[Remark] = []
+    notes: list[Remark] = []
     recipe = Recipe(config, text, method, (), ())
     for scope in parameter_scopes(config):
         for name, value in scope.values.items():
             _check_parameter(recipe, scope, name, value, warnings, notes)
     for i, output in enumerate(config.slices or []):
         if output.residual_weight is not None:
-            notes.append(f"{text.place(('slices', i, 'residual_weight'))}: 'residual_weight' changes nothing")
+            notes.append((text.place(("slices", i, "residual_weight")), "'residual_weight' changes nothing"))
     _check_models(recipe)
-    return Recipe(config, text, method, tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(notes)))
+    return Recipe(config, text, method, (*text.duplicates, *_gathered(warnings)), _gathered(notes))
+
+
+def _gathered(remarks: list[Remark]) -> tuple[str, ...]:
+    """Each remark once, with the first place that it is about."""
+    places: dict[str, list[str]] = {}
+    for place, text in remarks:
+        places.setdefault(text, []).append(place)
+    more = {text: f" (and at {len(found) - 1} more places)" if len(found) > 1 else "" for text, found in places.items()}
+    return tuple(f"{found[0]}: {text}{more[text]}" for text, found in places.items())
 
 
 def _from_mapping(source: Mapping[str, Any]) -> RecipeText:
@@ -94,9 +105,28 @@ def _validate(text: RecipeText) -> MergeConfiguration:
         # A misspelt key is both unknown and missing: the unknown one says more.
         first = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
         path = tuple(step for step in first["loc"] if not (isinstance(step, str) and step.startswith("function-")))
+        path += first.get("ctx", {}).get("path", ())
         raise RecipeError(_explain(first, path), place=text.place(path)) from None
     except RecursionError:
         raise RecipeError("nested too deeply", place=text.name) from None
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "tuple_type": "two numbers, [first, one past the last]",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "too_short": "at least one entry",
+}
+"""What the faults that pydantic finds say about the value that was expected, in words of recipes."""
 
 
 def _explain(fault: Any, path: Path_) -> str:
@@ -104,11 +134,22 @@ def _explain(fault: Any, path: Path_) -> str:
     kind, key = fault["type"], str(path[-1]) if path else ""
     if kind == "extra_forbidden":
         return f"there is no '{key}' here. {nearest(key, _keys_at(path[:-1]))}"
+    if kind == "missing" and "layer_range" in path[:-1]:
+        return f"expected {_EXPECTED['tuple_type']}"
     if kind == "missing":
         return f"'{key}' is missing"
+    if kind == "setting":
+        return str(fault["ctx"]["text"])
     if kind == "value_error":
         return str(fault["ctx"]["error"])
-    where = f"'{key}': " if isinstance(key, str) and not key.isdigit() else ""
+    where = f"'{key}': " if path and isinstance(path[-1], str) else ""
+    if kind == "too_long" and key == "layer_range":
+        kind = "tuple_type"
+    if kind == "model_type" and isinstance(fault["input"], str) and "models" in path[-2:]:
+        return f"expected a mapping: write 'model: {fault['input']:.60}'"
+    if kind in _EXPECTED:
+        got = "nothing" if fault["input"] is None else f"{fault['input']!r:.60}"
+        return f"{where}expected {_EXPECTED[kind]}, got {got}"
     return f"{where}{fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r:.60}"
 
 
@@ -162,7 +203,7 @@ def parameter_scopes(config: MergeConfiguration) -> Iterator[ParameterScope]:
 
 
 def _check_parameter(
-    recipe: Recipe, scope: ParameterScope, name: str, value: Any, warnings: list[str], notes: list[str]
+    recipe: Recipe, scope: ParameterScope, name: str, value: Any, warnings: list[Remark], notes: list[Remark]
 ) -> None:
     """Refuse unknown names and impossible values; warn of what will be ignored."""
     place = recipe.text.place((*scope.path, name))
@@ -170,25 +211,22 @@ def _check_parameter(
     if parameter is None:
         others = [m for m in map(get_method, method_names()) if m.parameter(name)]
         if name in _OLD_WORDS:
-            notes.append(f"{place}: '{name}' changes nothing with '{recipe.method.name}'")
+            notes.append((place, f"'{name}' changes nothing with '{recipe.method.name}'"))
         elif others:
-            warnings.append(
-                f"{place}: '{recipe.method.name}' has no parameter '{name}' (it belongs to {others[0].name}); ignored"
-            )
+            text = f"'{recipe.method.name}' has no parameter '{name}' (it belongs to {others[0].name}); ignored"
+            warnings.append((place, text))
         else:
             known = [p.name for p in recipe.method.params]
             raise RecipeError(f"'{recipe.method.name}' has no parameter '{name}'. {nearest(name, known)}", place=place)
         return
     if not parameter.used:
-        notes.append(f"{place}: '{name}' {parameter.help}")
+        notes.append((place, f"'{name}' {parameter.help}"))
         return
     if scope.model is not None and parameter.scope == "once":
-        warnings.append(
-            f"{place}: '{name}' is one value for all models and is not read here; "
-            f"move it to the top-level 'parameters' (ignored)"
-        )
+        text = f"'{name}' is one value for all models and is not read here; move it to the top-level 'parameters'"
+        warnings.append((place, f"{text} (ignored)"))
     elif scope.model is not None and parameter.scope == "each" and scope.model == recipe.config.base_model:
-        warnings.append(f"{place}: '{name}' of the base model is not used by '{recipe.method.name}' (ignored)")
+        warnings.append((place, f"'{name}' of the base model is not used by '{recipe.method.name}' (ignored)"))
     for path, scalar in _scalars(value):
         try:
             parameter.kind.read(scalar)

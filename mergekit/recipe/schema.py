@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from mergekit.dtypes import recipe_dtype
 from mergekit.errors import RecipeError
@@ -41,7 +42,7 @@ def _setting(value: object) -> Any:
         value = [v.model_dump() if isinstance(v, BaseModel) else v for v in value]
     fault = setting_fault(value)
     if fault:
-        raise ValueError(fault[1])
+        raise PydanticCustomError("setting", "{text}", {"path": fault[0], "text": fault[1]})
     return value
 
 
@@ -51,11 +52,32 @@ def _dtype(value: object) -> object:
     return value
 
 
+def _tokenizer_source(value: object) -> object:
+    if not isinstance(value, (str, dict, ModelReference)):
+        raise ValueError("expected union, base or a model")
+    return value
+
+
+def _reference_text(value: object) -> object:
+    if isinstance(value, str):
+        _reference(value)
+    return value
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "a whole number")
+    return value
+
+
 ScalarOrGradient = float | int | bool | str | list[float | int | bool | str]
 Reference = Annotated[ModelReference, BeforeValidator(_reference), PlainSerializer(lambda r: r.dump(), return_type=Any)]
 ParameterSetting = Annotated[Any, BeforeValidator(_setting)]
 Parameters = dict[str, ParameterSetting]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+ReferenceText = Annotated[str, BeforeValidator(_reference_text)]
+TokenizerSource = Annotated[Any, BeforeValidator(_tokenizer_source)]
 
 
 class _Strict(BaseModel):
@@ -80,15 +102,16 @@ class InputSliceDefinition(_Strict):
     """One source of an output slice: the layers ``layer_range = [start, end)`` of a model."""
 
     model: Reference
-    layer_range: tuple[int, int]
+    layer_range: tuple[Whole, Whole]
     parameters: Parameters | None = None
 
-    @model_validator(mode="after")
-    def _range(self) -> InputSliceDefinition:
-        start, end = self.layer_range
+    @field_validator("layer_range")
+    @classmethod
+    def _range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        start, end = value
         if not 0 <= start < end:
             raise ValueError(f"layer_range [{start}, {end}) is empty or negative; write [first, one past the last]")
-        return self
+        return value
 
 
 class OutputSliceDefinition(_Strict):
@@ -124,9 +147,9 @@ class TokenEntry(_Strict):
 class TokenizerConfig(_Strict):
     """The ``tokenizer:`` section."""
 
-    source: Any = "union"
+    source: TokenizerSource = "union"
     tokens: dict[str, TokenEntry] | None = None
-    pad_to_multiple_of: int | None = Field(default=None, gt=0)
+    pad_to_multiple_of: Whole | None = Field(default=None, gt=0)
 
 
 class MergeConfiguration(_Strict):
@@ -138,13 +161,13 @@ class MergeConfiguration(_Strict):
     modules: dict[str, OutputModuleDefinition] | None = None
     base_model: Reference | None = None
     parameters: Parameters | None = None
-    input_model_parameters: dict[str, Parameters] | None = None
+    input_model_parameters: dict[ReferenceText, Parameters] | None = None
     dtype: Dtype = None
     out_dtype: Dtype = None
-    tokenizer_source: Any = None
+    tokenizer_source: TokenizerSource | None = None
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
-    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+    seed: Whole | None = Field(default=None, ge=0, lt=1 << 63)
 
     @model_validator(mode="after")
     def _one_form(self) -> MergeConfiguration:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -15,7 +15,7 @@ __all__ = ["ConfigYamlDumper", "RecipeText", "dump_yaml", "read_recipe_text"]
 
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_DEPTH = 32
-_MAX_NODES = 500_000
+_MAX_NODES = 200_000
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -55,7 +55,12 @@ class RecipeText:
             if found is None:
                 break
             node = found
-        return f"{self.name}:{mark.line + 1}:{mark.column + 1}"
+        return _at(self.name, mark)
+
+
+def _at(name: str, mark: Any) -> str:
+    """``file:line:column``, counted from 1."""
+    return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
 
 
 def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
@@ -63,11 +68,12 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
     if isinstance(source, Path):
         name = name or str(source)
         try:
-            raw = source.read_bytes()
+            with source.open("rb") as stream:
+                raw = stream.read(_MAX_BYTES + 1)
         except OSError as error:
             raise RecipeError(f"cannot read the recipe: {error.strerror or error}", place=name) from None
         if len(raw) > _MAX_BYTES:
-            raise RecipeError(f"{len(raw)} bytes are too many for a recipe", place=name)
+            raise RecipeError(f"more than {_MAX_BYTES >> 20} MiB are too much for a recipe", place=name)
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -77,7 +83,7 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
     try:
         loader = _Loader(text)
         try:
-            _check_depth(text, name)
+            _check_size(text, name)
             node = loader.get_single_node()
             check = _Check(name, loader)
             if node is not None:
@@ -86,8 +92,7 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        place = _at(name, error.problem_mark or error.context_mark)
         raise RecipeError(f"not valid YAML: {_explain(error)}", place=place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", place=name) from None
@@ -106,15 +111,16 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
     return ", ".join(part for part in (context, error.problem) if part)
 
 
-def _check_depth(text: str, name: str) -> None:
+def _check_size(text: str, name: str) -> None:
     """Refuse deep nesting before nodes are composed: libyaml composes by recursion, and crashes with the stack."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        if number > _MAX_NODES:
+            raise RecipeError(f"more than {_MAX_NODES:,} entries are too many for a recipe", place=name)
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > _MAX_DEPTH:
-                mark = event.start_mark
-                raise RecipeError("nested too deeply for a recipe", place=f"{name}:{mark.line + 1}:{mark.column + 1}")
+                raise RecipeError("nested too deeply for a recipe", place=_at(name, event.start_mark))
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 
@@ -174,11 +180,15 @@ class _Check:
             seen.add(key.value)
 
     def _place(self, node: yaml.Node) -> str:
-        return f"{self._name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        return _at(self._name, node.start_mark)
 
 
 class ConfigYamlDumper(yaml.SafeDumper):
-    """Writes lists of numbers on one line, everything else in blocks."""
+    """Writes lists of numbers on one line, everything else in blocks; no anchors, though objects may be shared."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """What occurs twice is written twice."""
+        return True
 
     def represent_list(self, data: Any) -> yaml.SequenceNode:
         """A sequence node in flow style if every item is a number."""
@@ -188,6 +198,8 @@ class ConfigYamlDumper(yaml.SafeDumper):
 
 ConfigYamlDumper.add_representer(list, ConfigYamlDumper.represent_list)
 ConfigYamlDumper.add_representer(tuple, ConfigYamlDumper.represent_list)
+ConfigYamlDumper.add_multi_representer(float, ConfigYamlDumper.represent_float)  # numpy.float64 is a float
+ConfigYamlDumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 def dump_yaml(value: Any) -> str:

@@ -1,0 +1,25 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny("llama", seed=1, ...)``: the folder of a tiny random model (see ``tiny.save_tiny``), made once."""
+    made: dict[str, Path] = {}
+
+    def get(family: str, **arguments: Any) -> Path:
+        from tiny import save_tiny  # loads torch and transformers: only for tests that ask for a model
+
+        key = repr((family, sorted(arguments.items())))
+        if key not in made:
+            made[key] = save_tiny(family, tmp_path_factory.mktemp(family, numbered=True), **arguments)
+        return made[key]
+
+    return get
