@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
 from checkpoints import build, llama_shapes
 
 HERE = Path(__file__).parent
