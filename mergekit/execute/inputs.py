@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mergekit.checkpoint.positional import read_at
 from mergekit.dtypes import F8_E4M3, F32, DType
 from mergekit.errors import CheckpointError
 from mergekit.planning.plan import Dequantize, Plan, Read, Rows
@@ -66,7 +67,7 @@ class Inputs:
         with self._lock:
             if path not in self._files:
                 try:
-                    self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
                 except OSError as error:
                     raise CheckpointError(f"cannot open {path}: {error.strerror}") from None
             return self._files[path]
@@ -84,7 +85,7 @@ class _FileReader:
         while done < wanted:
             place = self.offset + start * self.dtype.size + done
             try:
-                got = os.preadv(self._descriptor, [row[done:wanted].data], place)
+                got = read_at(self._descriptor, row[done:wanted].data, place)
             except OSError as error:
                 raise CheckpointError(
                     f"cannot read tensor '{self._name}' from {self._path}: {error.strerror}"

@@ -4,7 +4,8 @@ Here: the mathematics of merging. Not here: files, tensor names, devices, thread
 To add one: write ``methods/<name>.py`` with a function decorated by ``@method`` and import it below.
 """
 
-from mergekit.methods import linear, slerp, task_arithmetic, ties, dare, passthrough  # noqa: F401, I001 (the order of help)
+# The order of import is the order of help and documentation.
+from mergekit.methods import linear, slerp, task_arithmetic, ties, dare_ties, dare_linear, passthrough  # noqa: F401, I001
 from mergekit.methods.spec import Method, get_method, method_names
 
 __all__ = ["Method", "get_method", "method_names"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mergekit.checkpoint.positional import read_at
 from mergekit.errors import ResumeError
 from mergekit.planning.plan import OutputTensor, Plan
 
@@ -104,6 +105,9 @@ def _checksum(descriptor: int, output: OutputTensor) -> int:
 
     total = 0
     for start in range(0, output.nbytes, _CHUNK):
-        raw = os.pread(descriptor, min(_CHUNK, output.nbytes - start), output.offset + start)
-        total += checksum(np.frombuffer(raw, np.uint8), start)
+        block = np.zeros(min(_CHUNK, output.nbytes - start), np.uint8)
+        done = 0
+        while done < len(block) and (got := read_at(descriptor, block[done:].data, output.offset + start + done)):
+            done += got
+        total += checksum(block, start)
     return total & ((1 << 64) - 1)

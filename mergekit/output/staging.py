@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mergekit.checkpoint.positional import write_at
 from mergekit.errors import DiskSpaceError, RunError, UsageError
 from mergekit.output.journal import Journal
 from mergekit.planning.plan import OutputTensor, Plan
@@ -92,7 +93,7 @@ class Staging:
         descriptor, place, view = self._files[output.file], output.offset + start, data.data
         try:
             while view:
-                written = os.pwrite(descriptor, view, place)
+                written = write_at(descriptor, view, place)
                 view, place = view[written:], place + written
         except OSError as error:
             raise _write_fault(error, self.out) from None
@@ -159,6 +160,7 @@ class Staging:
         try:
             for descriptor in self._files.values():
                 os.fsync(descriptor)
+            self._close_files()
             for name, content in documents:
                 _write_document(self.folder / name, content)
             if self._overwrite:
@@ -168,7 +170,6 @@ class Staging:
             for name, _ in documents:
                 os.replace(self.folder / name, self.out / name)
             _sync_folder(self.out)
-            self._close_files()
             self.journal.close()
             shutil.rmtree(self.folder)
         except OSError as error:
@@ -179,12 +180,12 @@ class Staging:
     def _open_shard(self, name: str, size: int, header: bytes, fresh: bool) -> None:
         path = self.folder / name
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), 0o644)
             self._files[name] = descriptor
             if fresh or os.fstat(descriptor).st_size != size:
                 os.ftruncate(descriptor, 0)
                 self.notes += _allocate(descriptor, size)
-            os.pwrite(descriptor, header, 0)
+            write_at(descriptor, memoryview(header), 0)
         except OSError as error:
             raise _write_fault(error, self.out) from None
 
@@ -251,11 +252,14 @@ def _write_document(path: Path, content: str | Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # folders can't be opened everywhere; the renames are then as safe as the file system makes them
+        return
     try:
         os.fsync(descriptor)
     except OSError:
-        pass  # some systems can't; the renames are then only as safe as the file system makes them
+        pass
     finally:
         os.close(descriptor)
 
