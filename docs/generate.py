@@ -23,7 +23,7 @@ def methods_page() -> str:
     parts = [_HEAD, "# Merge methods\n"]
     for method in map(get_method, method_names()):
         text = inspect.cleandoc(method.function.__doc__ or "").split("\n>>>")[0].rstrip().replace("``", "`")
-        parts += [f"\n## {method.title} (`{method.name}`)\n", f"{text}\n", f"{method.paper}. <{method.url}>\n"]
+        parts += [f"\n## {method.title} (`{method.name}`)\n", f"{text}\n", *([f"{method.paper}. <{method.url}>\n"] if method.paper else [])]
         parts += ["| parameter | values | for | default | |", "|---|---|---|---|---|"]
         for p in method.params:
             scope = {"once": "the tensor", "each": "each model but the base", "input": "each model"}[p.scope]
@@ -54,7 +54,8 @@ def methods_table() -> str:
     lines = ["| method | `merge_method` | models | base model | in short |", "|---|---|---|---|---|"]
     for m in map(get_method, method_names()):
         base = "needed" if m.base == "required" else "an input like any other"
-        lines.append(f"| [{m.title}]({m.url}) | `{m.name}` | {_models(m)} | {base} | {m.summary} |")
+        title = f"[{m.title}]({m.url})" if m.url else m.title
+        lines.append(f"| {title} | `{m.name}` | {_models(m)} | {base} | {m.summary} |")
     return "\n".join(lines)
 
 

@@ -60,7 +60,13 @@ OPTIONS: tuple[Option, ...] = (
         "out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str
     ),
     _flag("write_model_card", True, "Write README.md and mergekit_config.yml.", "Output"),
-    _flag("safe_serialization", True, "Write safetensors (the only form there is).", "Output"),
+    _flag(
+        "safe_serialization",
+        True,
+        "Write safetensors.",
+        "Output",
+        unused="safetensors are the only form there is, and --no-safe-serialization is refused",
+    ),
     _flag("overwrite", False, "Replace a model that the output folder holds.", "Output"),
     _flag("restart", False, "Throw away unfinished work in the output folder.", "Output"),
     Option(
@@ -136,7 +142,7 @@ OPTIONS: tuple[Option, ...] = (
         "Dangerous",
         unused="a merge runs no model code",
     ),
-    Option("verbosity", ("-v", "--verbose"), 0, "Say more.", "Messages", "count"),
+    Option("verbosity", ("-v", "--verbose"), 0, "Print the plan before the merge starts.", "Messages", "count"),
     _flag("quiet", False, "No progress and no notes; warnings and errors only.", "Messages"),
 )
 
@@ -164,17 +170,21 @@ class _MergeOptionsBase:
         get: Callable[[str], Any] = lambda name: getattr(self, name)  # noqa: E731
         if not get("safe_serialization"):
             raise UsageError(
-                "only safetensors are written; load the result with torch and torch.save() it if you need a pickle"
+                "--no-safe-serialization: only safetensors are written; if you need a pickle, load the result with "
+                "safetensors.torch.load_file() and torch.save() it"
             )
         threads = get("num_threads")
         if threads is not None and threads < 1:
             raise UsageError(f"--num-threads {threads}: give at least 1")
+        seed = get("random_seed")
+        if seed is not None and not 0 <= seed < 1 << 63:
+            raise UsageError(f"--random-seed {seed}: give a whole number from 0 to 2^63 - 1")
         cache = get("transformers_cache")
         return RunOptions(
             shard_size=parse_kmb(get("out_shard_size")),
             threads=threads,
             device=resolve_device(get("device"), cuda=get("cuda") or get("gpu_rich")),
-            seed=get("random_seed"),
+            seed=seed,
             copy_tokenizer=get("copy_tokenizer"),
             write_model_card=get("write_model_card"),
             overwrite=get("overwrite"),
@@ -212,7 +222,9 @@ def resolve_device(name: str | None, *, cuda: bool) -> str:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"'{name}' is not a device; write cpu, cuda, cuda:0, mps or auto") from None
-    if device.type != "cpu" and device.type != found:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != found:
         raise UsageError(
             f"there is no {device.type} device on this machine (torch finds {found or 'none'}); use --device cpu"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -12,32 +13,34 @@ from typing import Any
 from unittest.mock import patch
 
 from mergekit.cli import boundary
+from mergekit.errors import MergekitError
 
-__all__ = ["Result", "mergekit", "mergekit_yaml"]
+__all__ = ["Result", "assert_refused", "mergekit", "mergekit_yaml", "refusal"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left behind: exit code, what it printed, and whatever escaped it (never a traceback)."""
+    """What a command left behind: its exit code, what it printed, and the processor time that it took."""
 
     code: int
     out: str
     err: str
+    seconds: float
 
-    @property
-    def lines(self) -> list[str]:
-        """The lines of stderr."""
-        return self.err.splitlines()
+    def lines(self, *kinds: str) -> list[str]:
+        """The lines of stderr that begin with one of ``kinds`` (warning, note, error); all lines if none is given."""
+        starts = tuple(f"{kind}: " for kind in kinds)
+        return [line for line in self.err.splitlines() if not kinds or line.startswith(starts)]
 
 
 def _run(command: Any, program: str, args: tuple[str | Path, ...]) -> Result:
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err, code, started = io.StringIO(), io.StringIO(), 0, time.process_time()
     with patch.object(sys, "argv", [program, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
         try:
             boundary.run(command)
         except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    return Result(code, out.getvalue(), err.getvalue())
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return Result(code, out.getvalue(), err.getvalue(), time.process_time() - started)
 
 
 def mergekit(*args: str | Path) -> Result:
@@ -54,4 +57,27 @@ def mergekit_yaml(*args: str | Path) -> Result:
     return _run(command, "mergekit-yaml", args)
 
 
-Program = Callable[..., Result]
+def assert_refused(result: Result, code: int, *phrases: str) -> None:
+    """The command ended with ``code`` and a short message that holds ``phrases``, soon, and nothing on stdout."""
+    assert result.code == code, result
+    shown = result.err.splitlines()
+    told = [line for line in shown if not line.startswith(("warning: ", "note: "))]
+    assert told, result
+    assert told[0].startswith("error: "), result
+    assert len(told) <= 5, result.err
+    assert max(map(len, shown)) <= 1000, result.err
+    assert "Traceback" not in result.err
+    assert "bug in mergekit" not in result.err, result.err
+    for phrase in phrases:
+        assert phrase in result.err, f"{phrase!r} is not in: {result.err}"
+    assert result.out == ""
+    assert result.seconds < 2
+
+
+def refusal(function: Callable[..., object], *args: object) -> MergekitError | None:
+    """The fault with which ``function`` refuses ``args``; None if it accepts them. Other exceptions are not caught."""
+    try:
+        function(*args)
+    except MergekitError as error:
+        return error
+    return None

@@ -82,6 +82,8 @@ def models_of(kind: str, count: int, size: int, seed: int = 0) -> list[np.ndarra
 class ArrayReader:
     """Gives the elements of an array."""
 
+    offset = -1  # not in a file
+
     def __init__(self, values: np.ndarray, dtype: DType) -> None:
         self.dtype = dtype
         self._raw = np.frombuffer(encode(values, dtype), np.uint8)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import FLOATS, TORCH_DEVICES, models_of, pack, unpack
 
 import mergekit
+from kernel_cases import FLOATS, TORCH_DEVICES, models_of, pack, unpack
 from mergekit import api
 from mergekit.api import RunOptions
 from mergekit.dtypes import BF16, F16, F32, F64, DType
@@ -229,7 +229,8 @@ def merged(recipe: dict, out: Path, device: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("method", METHODS)
 def test_whole_merges_agree(tmp_path, monkeypatch, method, dtype, device):
-    monkeypatch.setattr(work, "RANGE", 1 << 12)  # several ranges a tensor
+    monkeypatch.setattr(work, "RANGE", 1 << 11)  # several ranges a tensor
+    monkeypatch.setattr(work, "ALIGNMENT", 1024)
     folders = family(tmp_path, 3, BF16, SHAPES)
     recipe = recipe_for(method, folders, dtype)
     wanted = merged(recipe, tmp_path / "numba", "cpu")
@@ -248,9 +249,10 @@ def test_block_size_does_not_change_a_byte(tmp_path, monkeypatch, method):
     recipe = recipe_for(method, family(tmp_path, 3, BF16, SHAPES), BF16)
     kernels = TorchKernels("cpu")
     monkeypatch.setattr(api, "_kernels", lambda plan, on_compile: kernels)
+    monkeypatch.setattr(work, "_LEAST_BLOCK", 1024)
+    monkeypatch.setattr(work, "ALIGNMENT", 1024)
     files = []
     for block_bytes in (1 << 10, 1 << 17, 1 << 30):
-        monkeypatch.setattr(work, "_LEAST_BLOCK", 1024)
         kernels.block_bytes = block_bytes
         merged(recipe, tmp_path / str(block_bytes), "cpu:0")
         files.append((tmp_path / str(block_bytes) / "model.safetensors").read_bytes())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
-from models import encode, family, read_model
 
 import mergekit
+import oracles
 from mergekit.dtypes import BF16, F16, F32, DType
 from mergekit.seeds import stream_key
+from models import encode, family, read_model
 
 WEIGHT = [0.7, -0.2, 0.4]
 DENSITY = [0.5, 0.31, 1.0]

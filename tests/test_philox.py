@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from kernel_cases import TORCH_DEVICES
-from oracles import philox
 
+from kernel_cases import TORCH_DEVICES
 from mergekit.kernels.accelerator import random_words
 from mergekit.kernels.philox import fill_random
 from mergekit.seeds import stream_key
+from oracles import philox
 
 KEY = stream_key(7, "model.layers.3.mlp.up_proj.weight", 2)
 FAR = 2**34

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from models import family, write_model
 
 import mergekit
 from mergekit import api
@@ -20,6 +19,7 @@ from mergekit.dtypes import BF16
 from mergekit.errors import ResumeError, UsageError
 from mergekit.execute import run_threads, work
 from mergekit.output import STAGING
+from models import family, write_model
 
 METHODS = ["linear", "slerp", "task_arithmetic", "ties", "dare_ties", "dare_linear", "passthrough"]
 SHAPES = {"embed.weight": (1031, 17), "layers.0.w": (521, 127), "layers.1.w": (521, 127), "tail": (3,)}
@@ -150,7 +150,7 @@ def test_partial_work_of_another_recipe_is_refused(tmp_path, monkeypatch):
         interrupt_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             mergekit.run_merge(recipe_for("linear", folders), tmp_path / "out", threads=1)
-    with pytest.raises(ResumeError, match="the recipe or its options changed.*--restart"):
+    with pytest.raises(ResumeError, match=r"the recipe or its options changed.*--restart"):
         mergekit.run_merge(recipe_for("ties", folders), tmp_path / "out")
     family(tmp_path, 1, BF16, SHAPES, delta=0.1)  # writes the base's file anew
     os.utime(folders[0] / "model.safetensors", ns=(1, 1))

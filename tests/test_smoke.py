@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import yaml
+
 from models import family, read_model
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import pytest
-from kernel_cases import BACK_ENDS, back_end, merge_sparse, models_of, pack, stored32, unpack
 
+import oracles
+from kernel_cases import BACK_ENDS, back_end, merge_sparse, models_of, pack, stored32, unpack
 from mergekit.dtypes import BF16, F16, F32, F64
 from mergekit.execute import work
 from mergekit.seeds import stream_key
@@ -21,8 +21,9 @@ def kernels(request):
 
 @pytest.fixture
 def many_ranges(monkeypatch):
-    """Ranges of 1,024 elements, so that a few thousand elements make several."""
+    """Ranges of 1,024 elements, a group of the kernels, so that a few thousand elements make several."""
     monkeypatch.setattr(work, "RANGE", 1024)
+    monkeypatch.setattr(work, "ALIGNMENT", 1024)
 
 
 def magnitudes(models: list[np.ndarray]) -> list[np.ndarray]:
@@ -98,6 +99,18 @@ def test_random_masks_are_the_documented_ones(kernels):
     merged = merge_sparse(kernels, "dare_linear", [base, model, other], density=(0.3, 0.8), weight=(1.0, 0.0), seed=11)
     mask = oracles.random_mask(base.shape, 0.3, stream_key(11, "t", 1))
     assert np.array_equal(merged, np.where(mask, model, base).astype(np.float64))
+
+
+def test_random_keeps_what_lies_below_its_chance(kernels):
+    base, model = np.zeros(1021, np.float32), np.ones(1021, np.float32)
+    raw, codes = pack([base, model], [F32, F32])
+    chance = oracles.philox((3, 0, 0, 0), (8, 9))[0]  # the number of element 3: not below itself
+    for step in (0, 1):
+        totals, quota = np.zeros((2, 2)), np.zeros(2, np.int64)
+        rules, chances = np.full(2, kernels.KEEP_RANDOM, np.int64), np.full(2, chance + step, np.uint32)
+        kernels.kept_norms(raw, codes, 0, np.array([False, True]), rules, np.zeros(2, np.uint32), quota, chances,
+                           np.full((2, 2), (8, 9), np.uint32), 0, 1021, totals)  # fmt: skip
+        assert totals[1, 1] == oracles.random_mask((1021,), (chance + step) / 2**32, (8, 9)).sum()
 
 
 @pytest.mark.usefixtures("many_ranges")

@@ -1,7 +1,7 @@
 """Tiny random checkpoints of many model families, made and saved by transformers itself.
 
 Sizes are small and differ from one another wherever a family permits, so that a transposed or swapped tensor can't
-fit by chance. Every parameter is random (norms and biases too), and a seed fixes all of them.
+fit by chance. Every tensor is random (norms and biases too), and a seed fixes all of them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ FAMILIES: dict[str, Family] = {
             "num_decoder_layers": 2,
             "num_heads": 2,
             "decoder_start_token_id": 0,
-        },  # fmt: skip
+        },
         "AutoModelForSeq2SeqLM",
         "source and target",
     ),
@@ -109,31 +109,75 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
-        {**LLAMA, **GROUPED, "num_key_value_heads": 2, "n_routed_experts": 6, "moe_intermediate_size": 20, "n_group": 2,
-         "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 11, "kv_lora_rank": 7, "qk_nope_head_dim": 6,
-         "qk_rope_head_dim": 4, "v_head_dim": 5, "head_dim": 4},  # fmt: skip
+        {
+            **LLAMA,
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 6,
+            "moe_intermediate_size": 20,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 11,
+            "kv_lora_rank": 7,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "head_dim": 4,
+        },
     ),
     "gpt_oss": Family("gpt_oss", "GptOssForCausalLM", {**LLAMA, **GROUPED, "num_local_experts": 4}),
     "granite_hybrid": Family(
         "granitemoehybrid",
         "GraniteMoeHybridForCausalLM",
-        {**LLAMA, **SPLIT, "shared_intermediate_size": 29, "num_local_experts": 0, "mamba_n_heads": 4,
-         "mamba_d_head": 16, "mamba_d_state": 5, "mamba_n_groups": 1, "layer_types": ["mamba", "attention", "mamba"]},
+        {
+            **LLAMA,
+            **SPLIT,
+            "shared_intermediate_size": 29,
+            "num_local_experts": 0,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 5,
+            "mamba_n_groups": 1,
+            "layer_types": ["mamba", "attention", "mamba"],
+        },
     ),
     "distilbert_classifier": Family(
         "distilbert",
         "DistilBertForSequenceClassification",
-        {"vocab_size": VOCAB, "dim": HIDDEN, "hidden_dim": FFN, "n_layers": LAYERS, "n_heads": 2, "num_labels": 5,
-         "max_position_embeddings": POSITIONS},  # fmt: skip
+        {
+            "vocab_size": VOCAB,
+            "dim": HIDDEN,
+            "hidden_dim": FFN,
+            "n_layers": LAYERS,
+            "n_heads": 2,
+            "num_labels": 5,
+            "max_position_embeddings": POSITIONS,
+        },
         "AutoModelForSequenceClassification",
     ),
     "whisper": Family(
         "whisper",
         "WhisperForConditionalGeneration",
-        {"vocab_size": VOCAB, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": LAYERS, "encoder_ffn_dim": FFN,
-         "decoder_ffn_dim": 31, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 5,
-         "max_source_positions": 8, "max_target_positions": POSITIONS, "decoder_start_token_id": 1, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None, "begin_suppress_tokens": None},  # fmt: skip
+        {
+            "vocab_size": VOCAB,
+            "d_model": HIDDEN,
+            "encoder_layers": 2,
+            "decoder_layers": LAYERS,
+            "encoder_ffn_dim": FFN,
+            "decoder_ffn_dim": 31,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "num_mel_bins": 5,
+            "max_source_positions": 8,
+            "max_target_positions": POSITIONS,
+            "decoder_start_token_id": 1,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
         "AutoModelForSpeechSeq2Seq",
         "sound",
     ),
@@ -144,7 +188,7 @@ FAMILIES: dict[str, Family] = {
             "text_config": {"model_type": "llama", **LLAMA},
             "image_token_index": VOCAB - 1,
             "vision_config": {"model_type": "clip_vision_model", **VISION},
-        },  # fmt: skip
+        },
         "AutoModelForImageTextToText",
         "text and image",
     ),
@@ -163,8 +207,9 @@ def save_tiny(name: str, folder: Path, *, seed: int = 0, model_class: str | None
         torch.manual_seed(seed)
         model = getattr(transformers, model_class or family.model_class)(config).eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+            stored = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.is_floating_point()}
+            for tensor in stored.values():
+                tensor.add_(0.05 * torch.randn_like(tensor))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
@@ -196,7 +241,10 @@ def outputs_of(model: Any, reads: str = "text") -> torch.Tensor:
         inputs["pixel_values"] = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
     if reads == "sound":
         frames = 2 * model.config.max_source_positions
-        inputs = {"input_features": torch.linspace(-1, 1, 5 * frames).reshape(1, 5, frames), "decoder_input_ids": tokens}
+        inputs = {
+            "input_features": torch.linspace(-1, 1, 5 * frames).reshape(1, 5, frames),
+            "decoder_input_ids": tokens,
+        }
     result = model(**inputs)
     return result.logits if "logits" in result else result.last_hidden_state
 
@@ -229,15 +277,16 @@ def edited(
     drop: Iterable[str] = (),
     rename: Any = None,
     config: Mapping[str, Any] | None = None,
+    without: Iterable[str] = (),
 ) -> Path:
-    """A copy of a checkpoint with tensors added, dropped or renamed, and config entries changed."""
+    """A copy of a checkpoint with tensors added, dropped or renamed, and config entries changed or taken out."""
     shutil.copytree(folder, into, ignore=shutil.ignore_patterns("*.safetensors*"))
     tensors = {name: tensor for name, tensor in tensors_of(folder).items() if name not in set(drop)}
     if rename is not None:
         tensors = {rename(name): tensor for name, tensor in tensors.items()}
     save_file({**tensors, **(add or {})}, into / "model.safetensors", {"format": "pt"})
-    if config:
-        (into / "config.json").write_text(json.dumps({**config_of(into), **config}))
+    entries = {key: value for key, value in config_of(into).items() if key not in set(without)}
+    (into / "config.json").write_text(json.dumps({**entries, **(config or {})}))
     return into
 
 

@@ -124,7 +124,7 @@ def parse_header(raw: bytes, size: int, path: Path | str) -> dict[str, TensorInf
     if position != size:
         raise CheckpointError(
             f"{path}: the tensors end at byte {position} but the file has {size}; "
-            f"{'it is truncated, download it again' if position > size else 'it holds bytes that no tensor owns'}"
+            f"{'it is truncated' if position > size else 'it holds bytes that no tensor owns'}, download it again"
         )
     return {info.name: info for info in infos}
 
@@ -139,7 +139,7 @@ def _entry(name: str, value: object, data: int, size: int, file: str, path: Path
         raise fault(f"has no description; {_DAMAGED}")
     code, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(code, str) or (code not in BY_CODE and code not in _BITS):
-        raise fault(f"has the unknown dtype {code!r}; this file needs a newer mergekit, or is damaged")
+        raise fault(f"has the unknown dtype {code!r:.80}; update mergekit, or download the file again")
     if code in _BITS:
         raise fault(f"has the packed dtype {code}, which can't be merged; use a bfloat16 or float16 version")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:  # type: ignore[arg-type]

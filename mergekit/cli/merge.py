@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit.cli.boundary import run, say
+from mergekit.cli.help import MergeCommand
+from mergekit.cli.plan import plan_lines, report
+from mergekit.cli.show import size
 from mergekit.errors import UsageError
 from mergekit.options import add_merge_options
 from mergekit.version import __version__
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
     from mergekit.planning import Plan
 
 
-@click.command("merge", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    "merge", cls=MergeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.argument("config_file")
 @click.argument("out_path")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is written.")
@@ -30,35 +35,25 @@ def merge(config_file: str, out_path: str, dry_run: bool, merge_options: Any) ->
     """
     from mergekit import api
 
+    started = time.monotonic()
     options = merge_options.run_options()
     if not out_path:
         raise UsageError("OUT_PATH is empty; give a folder for the output")
-    if dry_run:
-        from mergekit.cli.plan import print_plan
-
-        print_plan(api.plan(config_file, options), options)
-        return
-    started = time.monotonic()
     api.check_writable(Path(out_path), options)
-    plan = api.plan(config_file, options, fetch=True)
-    if not merge_options.quiet:
-        for text in merge_options.given_without_effect():
-            say(f"note: {text}")
-    report(plan, quiet=merge_options.quiet)
-    notes = execute(plan, Path(out_path), options)
-    for text in notes:
+    plan = api.plan(config_file, options, fetch=not dry_run)
+    quiet = merge_options.quiet
+    if dry_run:
+        click.echo("\n".join(plan_lines(plan, options)))
+    report(plan, notes=() if quiet else [*merge_options.given_without_effect(), *plan.notes])
+    if dry_run:
+        return
+    if merge_options.verbosity and not quiet:
+        say("\n".join(plan_lines(plan, options)))
+    for text in execute(plan, Path(out_path), options):
         say(f"warning: {text}")
-    if not merge_options.quiet:
+    if not quiet:
         seconds = time.monotonic() - started
-        say(f"{out_path}: {plan.parameters:,} parameters, {plan.bytes_written / 1e9:.2f} GB in {seconds:.1f} s")
-
-
-def report(plan: Plan, *, quiet: bool) -> None:
-    """Print a plan's warnings, and its notes unless ``quiet``."""
-    for text in plan.warnings:
-        say(f"warning: {text}")
-    for text in () if quiet else plan.notes:
-        say(f"note: {text}")
+        say(f"wrote {out_path}: {plan.parameters:,} parameters, {size(plan.bytes_written)}, in {seconds:.1f} s")
 
 
 def execute(plan: Plan, out: Path, options: Any) -> list[str]:
@@ -67,7 +62,8 @@ def execute(plan: Plan, out: Path, options: Any) -> list[str]:
     from mergekit.cli.progress import progress
 
     def compiling(forms: list[str]) -> None:
-        say(f"compiling kernels for this machine ({', '.join(forms)}); this happens once")
+        if not options.quiet:
+            say(f"compiling kernels for this machine ({', '.join(forms)}); this happens once")
 
     total = sum(output.nbytes for output in plan.outputs)
     with progress(total, shown=not options.quiet) as advance:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import say
+from mergekit.cli.boundary import plain, say
+from mergekit.cli.help import MergeCommand
+from mergekit.cli.show import size
 from mergekit.options import add_merge_options
 
 if TYPE_CHECKING:
     from mergekit.planning import Plan
+    from mergekit.planning.describe import Group
 
 
-@click.command("plan", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    "plan", cls=MergeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.argument("config_file")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, tensor by tensor, as JSON.")
 @add_merge_options
@@ -31,39 +37,54 @@ def plan(config_file: str, as_json: bool, merge_options: Any) -> None:
         from mergekit.planning.describe import describe
 
         click.echo(json.dumps({**describe(made), "memory": api.memory(made, options)}, indent=1))
-    else:
-        print_plan(made, options)
+        return
+    click.echo("\n".join(plan_lines(made, options)))
+    report(made, notes=() if merge_options.quiet else [*merge_options.given_without_effect(), *made.notes])
 
 
-def print_plan(plan: Plan, options: Any) -> None:
-    """Print a plan for people: the plan on stdout, warnings and notes on stderr."""
-    from mergekit import api
-    from mergekit.planning.describe import groups, span_text
-
-    base = f", base {plan.sources[plan.base].reference}" if plan.base is not None else ""
-    click.echo(f"{plan.method} of {len(plan.sources)} model(s){base}, seed {plan.seed}")
-    for number, source in enumerate(plan.sources):
-        click.echo(f"  [{number}] {source.reference}")
-    click.echo()
-    for group in groups(plan):
-        models = " ".join(f"[{s}]" for s in group.sources)
-        click.echo(f"{len(group.tensors):4} x {group.template}  {list(group.shape)} {group.dtype}")
-        settings = ", ".join(f"{name}={span_text(values)}" for name, values in group.parameters.items())
-        click.echo(f"       {group.action} {models}{'  ' + settings if settings else ''}")
-    click.echo()
-    for shard in plan.shards[:6]:
-        click.echo(f"  {shard.name}  {shard.size:,} bytes")
-    if len(plan.shards) > 6:
-        click.echo(f"  and {len(plan.shards) - 6} more shards")
-    files = ", ".join(name for _, name in plan.files)
-    click.echo(f"  config.json and from {plan.sources[plan.donor].reference}: {files or 'nothing else'}")
-    if plan.left_out:
-        click.echo(f"  {len(plan.left_out)} input tensors are not used (--json lists them)")
-    click.echo(
-        f"{plan.parameters:,} parameters; reads {plan.bytes_read / 1e9:.3f} GB (as often as a method needs), "
-        f"writes {plan.bytes_written / 1e9:.3f} GB, needs about {api.memory(plan, options) / 1e6:.0f} MB of memory"
-    )
+def report(plan: Plan, *, notes: Iterable[str]) -> None:
+    """Print a plan's warnings, and ``notes``, on stderr."""
     for text in plan.warnings:
         say(f"warning: {text}")
-    for text in plan.notes:
+    for text in notes:
         say(f"note: {text}")
+
+
+def plan_lines(plan: Plan, options: Any) -> list[str]:
+    """A plan for people: models, groups of like tensors with their parameters, files, sizes."""
+    from mergekit import api
+    from mergekit.planning.describe import groups
+
+    lines = [f"{plan.method}, seed {plan.seed}"]
+    for number, source in enumerate(plan.sources):
+        lines.append(f"  [{number}] {source.reference}{' (base)' if number == plan.base else ''}")
+    lines.append("")
+    for group in groups(plan):
+        lines.append(f"{len(group.tensors):4} x {group.template}  {list(group.shape)} {group.dtype}")
+        lines.append(f"       {_made_of(group, plan)}")
+    lines.append("")
+    lines += [f"  {shard.name}  {size(shard.size)}" for shard in plan.shards[:6]]
+    if len(plan.shards) > 6:
+        lines.append(f"  and {len(plan.shards) - 6} more shards")
+    donor = plan.sources[plan.donor].reference
+    lines.append(f"  {', '.join(['config.json', *(name for _, name in plan.files)])} from {donor}")
+    if plan.left_out:
+        lines.append(f"  {len(plan.left_out)} input tensors are not used (--json lists them)")
+    lines.append(
+        f"{plan.parameters:,} parameters; reads {size(plan.bytes_read)} (as often as the method needs), "
+        f"writes {size(plan.bytes_written)}, needs about {size(api.memory(plan, options))} of memory"
+    )
+    return [plain(line) for line in lines]
+
+
+def _made_of(group: Group, plan: Plan) -> str:
+    """``ties of [1] [2] onto [0]  density=(0.5, 0.5)``: what is done to which models, with which parameters."""
+    from mergekit.methods import get_method
+    from mergekit.planning.describe import span_text
+
+    models = [f"[{source}]" for source in group.sources]
+    text = f"{group.action} {' '.join(models)}"
+    if group.action == plan.method and get_method(plan.method).base == "required":
+        text = f"{group.action} of {' '.join(models[1:])} onto {models[0]}"
+    settings = ", ".join(f"{name}={span_text(values)}" for name, values in group.parameters.items())
+    return f"{text}  {settings}" if settings else text

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mergekit.errors import RunError
 from mergekit.execute.inputs import Inputs
 from mergekit.execute.work import FloatWork, Sink, Work, copy_or_cast
 from mergekit.methods import get_method
@@ -53,9 +52,10 @@ class SpanWork(FloatWork):
             self._solve(None)
 
     def _solve(self, gram: np.ndarray | None) -> None:
+        if gram is not None and not np.isfinite(gram).all():
+            self.check(False)
+            gram = np.zeros_like(gram)  # the sum will show what the inputs hold
         result = np.asarray(self._function(gram, **self._parameters), np.float64)
-        if not np.isfinite(result).all():
-            raise RunError(f"the coefficients for tensor {self.output.name} are not finite; check its inputs for NaN")
         # Coefficients of deltas are for the models after the base.
         self._coefficients[len(self._coefficients) - len(result) :] = result
 
@@ -179,7 +179,7 @@ class SparseWork(FloatWork):
         elif step == "norms":
             before, after = self._norms.sum(axis=0).T
             for m in np.flatnonzero(self._rescaled):
-                if before[m] > 0 and after[m] > 0:
+                if before[m] > 0 and 0 < after[m] < np.inf:
                     self._scales[m] = before[m] / after[m]
         super().reduce(phase)
 

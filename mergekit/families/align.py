@@ -1,39 +1,47 @@
-"""Find one model's tensors under another model's names: the same architecture saved with or without a prefix."""
+"""Find one model's tensors under another model's names: the same architecture saved by other classes or releases."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
-__all__ = ["PREFIXES", "alias_prefix", "find_alias"]
+__all__ = ["WRAPPERS", "align"]
 
-PREFIXES = ("model.", "transformer.", "bert.", "roberta.", "distilbert.", "gpt_neox.", "language_model.",
-            "model.language_model.", "backbone.", "base_model.")  # fmt: skip
-"""Prefixes that libraries add or drop when they save the bare model or the model with a head."""
+WRAPPERS = frozenset(
+    ["model", "transformer", "language_model", "vision_model", "backbone", "base_model", "gpt_neox", "bert", "roberta",
+     "distilbert", "electra", "deberta"]
+)  # fmt: skip
+"""Modules that libraries add or drop when they save a bare model, or a model with a head, or in another release."""
+
+_OLD_NORMS = {"gamma": "weight", "beta": "bias"}
 
 
-def alias_prefix(wanted: Collection[str], present: Collection[str]) -> tuple[str, str] | None:
-    """How names in ``wanted`` turn into names in ``present``: (prefix to drop, prefix to add), or None if as they are.
+def align(wanted: Iterable[str], present: Iterable[str]) -> dict[str, str]:
+    """The names in ``wanted`` that are spelt otherwise in ``present``, and how.
 
-    Chosen only when it finds more tensors than the plain names do.
+    Two names are the same tensor's if they agree but for modules in ``WRAPPERS`` (and for the old spelling of norms),
+    and if no third name does.
 
-    >>> alias_prefix({"bert.a", "bert.b"}, {"a", "b"})
-    ('bert.', '')
+    >>> align(["bert.a.weight", "bert.a.LayerNorm.weight", "b"], ["a.weight", "a.LayerNorm.gamma", "b"])
+    {'bert.a.weight': 'a.weight', 'bert.a.LayerNorm.weight': 'a.LayerNorm.gamma'}
     """
-    have = set(present)
-    best, found = None, sum(name in have for name in wanted)
-    if found == len(wanted):
-        return None
-    candidates = [(p, "") for p in PREFIXES] + [("", p) for p in PREFIXES]
-    candidates += [(p, q) for p in PREFIXES for q in PREFIXES if p != q]
-    for drop, add in candidates:
-        hits = sum(find_alias(name, (drop, add)) in have for name in wanted)
-        if hits > found:
-            best, found = (drop, add), hits
-    return best
+    mine, theirs = dict.fromkeys(wanted), dict.fromkeys(present)
+    missing = _by_core(name for name in mine if name not in theirs)
+    spare = _by_core(name for name in theirs if name not in mine) if missing else {}
+    return {
+        names[0]: spare[core][0] for core, names in missing.items() if len(names) == 1 and len(spare.get(core, ())) == 1
+    }
 
 
-def find_alias(name: str, alias: tuple[str, str] | None) -> str:
-    """``name`` with the alias applied (unchanged where its prefix does not fit)."""
-    if alias is None or not name.startswith(alias[0]):
-        return name
-    return alias[1] + name.removeprefix(alias[0])
+def _by_core(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_core(name), []).append(name)
+    return found
+
+
+def _core(name: str) -> str:
+    """A name without wrappers, its norm spelt as today."""
+    *modules, last = name.split(".")
+    if modules and modules[-1].lower() in ("layernorm", "layer_norm"):
+        last = _OLD_NORMS.get(last, last)
+    return ".".join([*(module for module in modules if module not in WRAPPERS), last])

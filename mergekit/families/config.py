@@ -10,6 +10,7 @@ from mergekit.dtypes import DType
 __all__ = [
     "LAYER_KEYS",
     "has_no_head",
+    "ids_beyond",
     "is_encoder_decoder",
     "is_tied",
     "language_section",
@@ -89,6 +90,19 @@ def set_vocabulary(config: dict[str, Any], rows: int) -> None:
     section = language_section(config)
     target = section if isinstance(section, dict) and "vocab_size" in section else config
     target["vocab_size"] = rows
+
+
+def ids_beyond(config: dict[str, Any], rows: int) -> list[tuple[dict[str, Any], str]]:
+    """The settings (section, key) that name a token whose id is ``rows`` or more."""
+    section = language_section(config)
+    sections = [config] if section is config or not isinstance(section, dict) else [config, section]
+    found = []
+    for part in sections:
+        for key, value in part.items():
+            ids = value if isinstance(value, list) else [value]
+            if key.endswith("_token_id") and any(isinstance(i, int) and i >= rows for i in ids):
+                found.append((part, key))
+    return found
 
 
 def set_dtype(config: dict[str, Any], dtype: DType) -> None:

@@ -18,18 +18,18 @@ __all__ = ["Layout", "Place", "Stack", "infer_layout", "is_derived_buffer", "is_
 
 _NUMBERED = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<suffix>.+)$")
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embeddings|shared|embedding\.word_embeddings)\.weight$"
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|tokens_embed|input_embedding|embeddings|shared)\.weight$"
 )
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|output|output_layer|lm_head\.(linear|decoder)|predictions\.decoder|vocab_projector|proj_out)"
-    r"\.weight$"
+    r"((^|\.)(lm_head|embed_out|output|output_layer|output_projection|lm_head\.(linear|decoder|out_proj)|generator_lm_head"
+    r"|lm_loss|predictions\.decoder|vocab_projector|proj_out)|^(head|decoder|head\.decoder))\.weight$"
 )
 _DERIVED = re.compile(
     r"(\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.rotary_pos_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias"
     r"|(^|\.)embeddings\.(position_ids|token_type_ids))$"
 )
 _FIRST = re.compile(
-    r"(?<!un)embed(?!_out|ding_norm)|wte|wpe|(^|\.)(shared|encoder|vision|visual|multi_modal|patch|positional|relative_pe|rotary|conv\d)"
+    r"(?<!un)embed(?!_out|ding_norm)|wte|wpe|(^|\.)(shared|encoder|vision|visual|audio|multi_modal|patch|positional|relative_pe|rotary|conv\d)"
 )
 _PREFERRED = ("language_model", "text_model", "decoder", "model.layers", "transformer.h")
 
@@ -87,8 +87,10 @@ class Layout:
     def is_extra(self, name: str) -> bool:
         """Whether ``name`` belongs to a layer stored past the last of the main stack (a head that predicts further)."""
         match = _NUMBERED.match(name)
-        return match is not None and self.main is not None and (
-            match["prefix"] == self.main.prefix and int(match["index"]) >= self.main.count
+        return (
+            match is not None
+            and self.main is not None
+            and (match["prefix"] == self.main.prefix and int(match["index"]) >= self.main.count)
         )
 
 

@@ -1,4 +1,4 @@
-"""The config.json of a model that is made of other models' layers: counts, lists with an entry per layer, kinds of layers.
+"""The config.json of a model made of other models' layers: its layer count, and what is said of each layer.
 
 A config may give layers a meaning by their position. What has a list form is written down as a list and follows the
 layers; what has none is named in a warning.
@@ -19,8 +19,8 @@ LayerSource = tuple[Mapping[str, Any], int]
 
 _NOT_PER_LAYER = ("token_id", "token_ids", "architectures", "_section", "_factor", "labels", "kernel_sizes")
 _LETTER_PER_LAYER = ("hybrid_override_pattern",)
-_LAYER_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "full_attention_layers", "global_attn_layers",
-                  "cross_attention_layers")  # fmt: skip
+_LAYER_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "full_attention_layers",
+                  "global_attn_layers", "cross_attention_layers")  # fmt: skip
 _KINDS_BY_POSITION = ("max_window_layers", "sliding_window_pattern", "full_attention_interval")
 _POSITIONAL = (*_KINDS_BY_POSITION, "first_k_dense_replace", "decoder_sparse_step", "num_kv_shared_layers",
                "hidden_size_per_layer_input", "attn_layer_period", "expert_layer_period", "no_rope_layer_interval",
@@ -41,7 +41,7 @@ def stack_layers(
     warnings: list[str] = []
     known = [key for key in LAYER_KEYS if section.get(key) == before]
     section.update(dict.fromkeys(known, len(layers)))
-    moved = [number for _, number in layers] != list(range(before))
+    moved = [number for _, number in layers] != list(range(len(layers)))
     kinds = _kinds(section, before)
     if moved and kinds is not None:
         section["layer_types"] = kinds

@@ -166,7 +166,7 @@ def _encode_special(values: np.ndarray, count: int, raw: np.ndarray, code: int, 
 def all_finite(raw: np.ndarray, code: int, count: int) -> bool:
     """Whether the first ``count`` elements of ``raw`` (uint8 [bytes], type ``code``) are finite."""
     if code == _F64:  # these may be finite beyond the range of float32
-        return np.isfinite(raw.view(np.float64)[:count]).all()
+        return bool(np.isfinite(raw.view(np.float64)[:count]).all())
     values = np.empty(BLOCK, np.float32)
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)

@@ -205,9 +205,10 @@ def sparse_sum(raw: np.ndarray, codes: np.ndarray, base: int, rules: np.ndarray,
                     continue
                 kept = deltas[m]
                 w = abs(weights[m])
+                # Written so that NaN counts as agreeing: it must show in the result, not vanish.
                 for i in range(size):
-                    positive = kept[i] > np.float32(0)
-                    negative = kept[i] < np.float32(0)
+                    positive = not kept[i] <= np.float32(0)
+                    negative = not kept[i] >= np.float32(0)
                     agrees = positive if total[i] >= np.float32(0) else negative
                     agreed[i] += kept[i] if agrees else np.float32(0)
                     weight[i] += w if agrees else np.float32(0)

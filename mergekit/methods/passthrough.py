@@ -13,8 +13,8 @@ from mergekit.methods.spec import Real, Span, each, method
     form=Span("weights"),
     base="ignored",
     models=(1, 1),
-    paper="(no paper; used to stack layers)",
-    url="https://github.com/arcee-ai/mergekit",
+    paper=None,
+    url=None,
     params=[each("scale", Real(), None, help="factor on the tensor; without it the tensor is copied", base=True)],
 )
 def passthrough(gram: None, *, scale: tuple[float | None, ...]) -> np.ndarray:

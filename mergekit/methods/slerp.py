@@ -33,9 +33,8 @@ def slerp(gram: np.ndarray, *, t: float) -> np.ndarray:
     >>> slerp(np.eye(2), t=0.5).round(4)
     array([0.7071, 0.7071])
     """
-    norms = [math.sqrt(gram[i, i]) for i in (0, 1)]
-    lengths = [n if n > _LEAST_NORM else 1.0 for n in norms]
-    cosine = min(1.0, max(-1.0, gram[0, 1] / (lengths[0] * lengths[1])))
+    lengths = [n if (n := math.sqrt(gram[i, i])) > _LEAST_NORM else 1.0 for i in (0, 1)]
+    cosine = min(1.0, max(-1.0, float(gram[0, 1]) / (lengths[0] * lengths[1])))
     if abs(cosine) > _MOST_COSINE:
         return np.array([1.0 - t, t])
     theta = math.acos(cosine)

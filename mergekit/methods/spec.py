@@ -160,7 +160,7 @@ class Method:
 
     ``base``: ``required`` (given to the function as the first input) or ``ignored`` (an ordinary input).
     ``least`` and ``most`` bound the number of inputs, base included. ``lone``: what to do with a tensor that only
-    one input has: ``pass`` it through or call it an ``error``. ``needs_models``: as a phrase for messages.
+    one input has: ``pass`` it through or call it an ``error``.
     """
 
     name: str
@@ -170,8 +170,8 @@ class Method:
     least: int
     most: int | None
     lone: Literal["pass", "error"]
-    paper: str
-    url: str
+    paper: str | None
+    url: str | None
     params: tuple[Parameter, ...]
     function: Callable[..., Any]
 
@@ -196,8 +196,8 @@ def method(
     form: Span | Sparse,
     base: Literal["required", "ignored"],
     models: tuple[int, int | None],
-    paper: str,
-    url: str,
+    paper: str | None,
+    url: str | None,
     params: list[Parameter],
     lone: Literal["pass", "error"] = "error",
 ) -> Callable[[F], F]:

@@ -24,12 +24,11 @@ tags:
 ---
 # {{ title }}
 
-This model was made by merging pretrained language models with [mergekit](https://github.com/arcee-ai/mergekit)
-{{ version }}.
+This model was made by merging pretrained language models with mergekit {{ version }}.
 
 ## How it was made
 
-Method: [{{ method.title }}]({{ method.url }}){% if base %}, with **{{ base }}** as the base model{% endif %}.
+Method: {% if method.url %}[{{ method.title }}]({{ method.url }}){% else %}{{ method.title }}{% endif %}{% if base %}, with **{{ base }}** as the base model{% endif %}.
 {{ method.summary }}
 
 Models:
@@ -52,9 +51,12 @@ The recipe:
 {{ recipe }}
 ```
 
+{%- if method.paper %}
+
 ## Reference
 
 {{ method.paper }}. <{{ method.url }}>
+{%- endif %}
 """
 
 

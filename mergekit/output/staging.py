@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mergekit.checkpoint.positional import write_at
-from mergekit.errors import DiskSpaceError, RunError, UsageError
+from mergekit.errors import DiskSpaceError, IncompatibleError, NonFiniteError, RunError, UsageError
 from mergekit.output.journal import Journal
 from mergekit.planning.plan import OutputTensor, Plan
 
@@ -33,7 +33,8 @@ _COMMIT_SECONDS = 5.0
 class Staging:
     """The work in progress inside an output folder: a ``Sink`` for the executor, and a context manager.
 
-    Leaving the context without ``publish`` keeps the finished tensors for the next run of the same plan.
+    Leaving the context without ``publish`` keeps the finished tensors for the next run of the same plan, unless that
+    run would meet the same fault again.
     """
 
     def __init__(self, out: Path, plan: Plan, *, overwrite: bool = False, restart: bool = False) -> None:
@@ -52,7 +53,8 @@ class Staging:
         self.notes: list[str] = []
 
     def __enter__(self) -> Staging:
-        """Lock the folder, check space, create or reopen the shards."""
+        """Lock the folder, create or reopen the shards."""
+        self._is_new = not self.out.exists()
         _make_folder(self.out)
         self._take_lock()
         try:
@@ -71,16 +73,24 @@ class Staging:
             raise
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Commit what is finished and close everything; the staging folder stays unless it was published."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Commit what is finished and close everything; the staging folder stays if another run can use it."""
         self._stop_committer()
         try:
-            if kind is not None and self.folder.exists():
+            if kind is not None and issubclass(kind, IncompatibleError | NonFiniteError):
+                self._discard()
+            elif kind is not None and self.folder.exists():
                 self._commit()
         except OSError:
             pass  # the run has failed already; what can't be committed is computed again
         finally:
             self._close()
+
+    def _discard(self) -> None:
+        """Leave nothing behind: the same command would fail in the same way."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._is_new and not any(self.out.iterdir()):
+            self.out.rmdir()
 
     def remaining(self) -> list[OutputTensor]:
         """The tensors that no earlier run has finished."""

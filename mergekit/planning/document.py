@@ -7,13 +7,16 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mergekit.checkpoint import is_weight_file
 from mergekit.dtypes import DType
-from mergekit.families.config import is_tied, set_dtype, set_tied, set_vocabulary, stack_layers, vocab_size
-from mergekit.families.layout import is_head
+from mergekit.errors import IncompatibleError
+from mergekit.families.config import ids_beyond, is_tied, set_dtype, set_tied, set_vocabulary, vocab_size
+from mergekit.families.layout import is_embedding, is_head
+from mergekit.families.stacking import stack_layers
 from mergekit.planning.express import Expresser, Made
-from mergekit.planning.models import Models
+from mergekit.planning.models import Model, Models
 from mergekit.planning.slots import Slots
 
 __all__ = ["TOKENIZER_FILES", "files_to_copy", "make_config"]
@@ -46,21 +49,60 @@ def make_config(
     config = copy.deepcopy(dict(donor.config))
     warnings: list[str] = []
     if slots.layers is not None:
-        config, warnings = stack_layers(config, slots.layers)
+        assert donor.layout.main is not None
+        config, warnings = stack_layers(config, slots.layers, donor.layout.main.count)
     config.pop("_name_or_path", None)
     if any(tensor.dtype.is_float for tensor in made):
         set_dtype(config, dtype or _main_dtype(made))
     if "quantization_config" in config:
         del config["quantization_config"]
         warnings.append("the quantised inputs were dequantised; quantization_config is left out of config.json")
-    if expresser.rows is not None and vocab_size(config) != expresser.rows:
-        set_vocabulary(config, expresser.rows)
-    has_head = any(is_head(tensor.name) for tensor in made)
-    untied = [m.reference.short for m in models.models if m.head is not None]
-    if has_head and untied and is_tied(config):
-        set_tied(config, False)
-        warnings.append(f"{untied[0]} has a head of its own, so the output's head is untied from its embeddings")
+    rows = expresser.rows if slots.layers is None else _stacked_vocabulary(made, expresser.rows)
+    if rows is not None and vocab_size(config) != rows:
+        set_vocabulary(config, rows)
+    if expresser.rows is not None:
+        warnings += _settle_token_ids(config, expresser.rows, donor, unsafe=expresser.truncate)
+    warnings += _settle_tying(config, models, slots)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n", warnings
+
+
+def _stacked_vocabulary(made: Sequence[Made], cut: int | None) -> int | None:
+    """Rows of the embeddings, which slices may take from another model than the donor. The head must have as many."""
+    embedding = next((tensor for tensor in made if is_embedding(tensor.name)), None)
+    head = next((tensor for tensor in made if is_head(tensor.name)), None)
+    if embedding is None:
+        return cut
+    if head is not None and head.shape[0] != embedding.shape[0]:
+        raise IncompatibleError(
+            f"the first slice's embeddings have {embedding.shape[0]} rows, but the last slice's head has "
+            f"{head.shape[0]}; take both slices from models with one vocabulary"
+        )
+    return embedding.shape[0]
+
+
+def _settle_token_ids(config: dict[str, Any], rows: int, donor: Model, *, unsafe: bool) -> list[str]:
+    """Refuse special tokens beyond embeddings that were cut (a model with such a pad_token_id can't even be loaded)."""
+    beyond = ids_beyond(config, rows)
+    for section, key in beyond:
+        if not unsafe:
+            raise IncompatibleError(
+                f"the embeddings would be cut to {rows} rows, but {key} of {donor.reference.short} is {section[key]}; "
+                "make a model with the smaller vocabulary the base, or pass --unsafe-truncate-embeddings"
+            )
+        section[key] = None
+    return [f"config.json: '{key}' is null, because the row of that token was cut" for _, key in beyond]
+
+
+def _settle_tying(config: dict[str, Any], models: Models, slots: Slots) -> list[str]:
+    """Untie the head in ``config`` if a model with a head of its own took part in it, and say so."""
+    inputs = next((slot.contributions for slot in slots.slots if is_head(slot.name)), ())
+    owners = [models[c.model] for c in inputs if c.info is not None and not c.tied]
+    # A config that says nothing means the family's default, which is tied wherever no head is stored.
+    some_tied = any(c.tied for c in inputs) or any(is_tied(owner.config) is False for owner in owners)
+    if not owners or is_tied(config) is False or not (is_tied(config) or some_tied):
+        return []
+    set_tied(config, False)
+    return [f"{owners[0].reference.short} has a head of its own, so the output's head is untied from its embeddings"]
 
 
 def _main_dtype(made: Sequence[Made]) -> DType:

@@ -30,13 +30,16 @@ class Model:
 
     @property
     def embedding(self) -> str | None:
-        """The name of the input embeddings."""
-        return next((name for name in self.tensors if is_embedding(name)), None)
+        """The name of the input embeddings; of several tables, that beside the main layers."""
+        found = [name for name in self.tensors if is_embedding(name)]
+        parent = self.layout.main.prefix[:-1].rpartition(".")[0] if self.layout.main else ""
+        return next((name for name in found if name.startswith(parent)), found[0] if found else None)
 
     @property
     def head(self) -> str | None:
         """The name of the stored head, unless the config says that the head is tied to the embeddings."""
-        name = next((name for name in self.tensors if is_head(name)), None)
+        found = [name for name in self.tensors if is_head(name)]
+        name = next((name for name in found if name.endswith("lm_head.weight")), found[0] if found else None)
         return None if name is not None and is_tied(self.config) and self.embedding else name
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from mergekit.checkpoint import TensorInfo
 from mergekit.errors import IncompatibleError
-from mergekit.families.align import alias_prefix, find_alias
-from mergekit.families.config import LayerSource
-from mergekit.families.layout import is_derived_buffer, is_head, role_of
+from mergekit.families.align import align
+from mergekit.families.config import has_no_head, is_encoder_decoder, is_tied
+from mergekit.families.layout import is_derived_buffer, is_head
+from mergekit.families.stacking import LayerSource
 from mergekit.planning.models import Model, Models
 from mergekit.recipe import Recipe
 from mergekit.recipe.schema import InputModelDefinition, OutputSliceDefinition
+from mergekit.refs import ModelReference
 
 __all__ = ["Contribution", "Slot", "Slots", "find_slots"]
 
@@ -57,12 +59,16 @@ class Slots:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Input:
-    """A source of a slice: its model, first layer, own parameters, and how the lead's names turn into its names."""
+    """A source of a slice: its model, first layer and own parameters.
+
+    ``names`` are its names for tensors that the lead spells otherwise; ``suffixes`` the same inside layers.
+    """
 
     model: int
     start: int
     own: Mapping[str, Any]
-    alias: tuple[str, str] | None
+    names: Mapping[str, str]
+    suffixes: Mapping[str, str]
 
 
 def find_slots(recipe: Recipe, models: Models) -> Slots:
@@ -95,6 +101,7 @@ class _Finder:
         self.recipe, self.models, self.outer, self.path = recipe, models, outer, path
         self.used: set[tuple[int, str]] = set()
         self.slots: list[Slot] = []
+        self._shapes: dict[ModelReference, dict[str, set[tuple[int, ...]]]] = {}
 
     def whole(self, entries: Sequence[InputModelDefinition]) -> Slots:
         """Whole models: every tensor of the donor, from all models."""
@@ -108,40 +115,60 @@ class _Finder:
             self._same_depth(donor, self.models[item.model], (*self.path, "models", min(i, len(entries) - 1)))
         for name in self._in_order(donor, donor.tensors):
             self._add(name, name, donor.layout.depth(name), inputs, self.models.base, {}, (*self.path, "models"))
-        self._add_untied_head(donor, inputs, {}, (*self.path, "models"))
-        return Slots(tuple(self.slots), None, self._left_out([i.model for i in inputs]))
+        self._add_missing_head(donor, inputs, self.models.base, {}, (*self.path, "models"))
+        return self._slots(None, self._left_out([i.model for i in inputs]))
 
     def stack(self, outputs: Sequence[OutputSliceDefinition]) -> Slots:
         """Slices: layers renumbered 0, 1, 2, ...; what comes before is the first slice's, after it the last's."""
         donor = self.models[self.models.donor]
         if donor.layout.main is None:
             raise IncompatibleError(f"{donor.reference}: no numbered layers found, so it can't be sliced")
+        if is_encoder_decoder(donor.config):
+            raise IncompatibleError(
+                f"{donor.reference} has an encoder and a decoder, and 'slices' can't tell their layers apart; "
+                "merge whole models with 'models'"
+            )
         layers: list[LayerSource] = []
         involved: list[int] = []
         plans = [self._slice(i, output, donor) for i, output in enumerate(outputs)]
         for role, (inputs, base, scope, path, _, lead) in (("first", plans[0]), ("last", plans[-1])):
-            names = [n for n in self._in_order(lead, lead.tensors) if not self._in_main(lead, n) and role_of(n) == role]
+            names = [
+                n for n in self._in_order(lead, lead.tensors) if self._outside(lead, n) and lead.layout.role(n) == role
+            ]
+            spelling = align(lead.tensors, donor.tensors)
             if role == "last":
                 self._add_layers(plans, donor, layers)
             for name in names:
-                self._add(name, name, lead.layout.depth(name), inputs, base, scope, path)
+                self._add(spelling.get(name, name), name, lead.layout.depth(name), inputs, base, scope, path)
             if role == "last":
-                self._add_untied_head(lead, inputs, scope, path)
+                self._add_missing_head(donor, inputs, base, scope, path)
         for inputs, *_ in plans:
             involved += [i.model for i in inputs if i.model not in involved]
-        return Slots(tuple(self.slots), tuple(layers), self._left_out(involved, sliced=True))
+        return self._slots(tuple(layers), self._left_out(involved, sliced=True))
+
+    def _slots(self, layers: tuple[LayerSource, ...] | None, left_out: tuple[tuple[int, str, str], ...]) -> Slots:
+        names = [slot.name for slot in self.slots]
+        assert len(names) == len(set(names)), "two output tensors of one name"
+        return Slots(tuple(self.slots), layers, left_out)
 
     def _add_layers(self, plans: list[Any], donor: Model, layers: list[LayerSource]) -> None:
         assert donor.layout.main is not None
+        shapes = self._layer_shapes(donor)
         for inputs, base, scope, path, length, lead in plans:
             start = next(i.start for i in inputs if self.models[i.model] is lead)
-            stack = lead.layout.main
+            spelling = align(self._layer_shapes(lead), shapes)
             for k in range(length):
                 t = 1.0 if length == 1 else k / (length - 1)
-                prefix = f"{stack.prefix}{start + k}."
+                prefix = f"{lead.layout.main.prefix}{start + k}."
                 for name in self._in_order(lead, [n for n in lead.tensors if n.startswith(prefix)]):
                     suffix = name.removeprefix(prefix)
-                    output = f"{donor.layout.main.prefix}{len(layers)}.{suffix}"
+                    mine, info = spelling.get(suffix, suffix), lead.tensors[name]
+                    if info.shape not in shapes.get(mine, {info.shape}):
+                        raise IncompatibleError(
+                            f"cannot stack {name} of {lead.reference} ({info}) among the layers of {donor.reference}, "
+                            f"where its shape is {' or '.join(str(list(shape)) for shape in sorted(shapes[mine]))}"
+                        )
+                    output = f"{donor.layout.main.prefix}{len(layers)}.{mine}"
                     self._add(output, name, t, inputs, base, scope, path, offset=k, suffix=suffix)
                 layers.append((lead.config, start + k))
 
@@ -176,8 +203,20 @@ class _Finder:
 
     def _input(self, position: int, start: int, own: Mapping[str, Any], lead: Model) -> _Input:
         model = self.models[position]
-        wanted = [n for n, info in lead.tensors.items() if not is_head(n) and not is_derived_buffer(n, info.shape)]
-        return _Input(position, start, own, alias_prefix(wanted, model.tensors))
+        if model is lead:
+            return _Input(position, start, own, {}, {})
+        suffixes = align(self._layer_shapes(lead), self._layer_shapes(model))
+        return _Input(position, start, own, align(lead.tensors, model.tensors), suffixes)
+
+    def _layer_shapes(self, model: Model) -> dict[str, set[tuple[int, ...]]]:
+        """The shapes that tensors have in the layers of the main stack, by the rest of their names."""
+        if model.reference not in self._shapes:
+            found: dict[str, set[tuple[int, ...]]] = {}
+            for name, info in model.tensors.items():
+                if self._in_main(model, name):
+                    found.setdefault(model.layout.place(name).suffix, set()).add(info.shape)
+            self._shapes[model.reference] = found
+        return self._shapes[model.reference]
 
     def _same_depth(self, donor: Model, model: Model, path: tuple[str | int, ...]) -> None:
         mine, theirs = model.layout.main, donor.layout.main
@@ -191,6 +230,10 @@ class _Finder:
     def _in_main(model: Model, name: str) -> bool:
         return model.layout.main is not None and model.layout.place(name).stack == model.layout.main.prefix
 
+    def _outside(self, model: Model, name: str) -> bool:
+        """Whether slices leave ``name`` as it is: neither in the main layers nor in a layer stored past them."""
+        return not self._in_main(model, name) and not model.layout.is_extra(name)
+
     @staticmethod
     def _in_order(model: Model, names: Any) -> list[str]:
         """Embeddings first, then layers by number, then the rest; each in file order."""
@@ -198,7 +241,7 @@ class _Finder:
         def key(name: str) -> tuple[int, str, int]:
             place = model.layout.place(name)
             if place.stack is None:
-                return (0 if role_of(name) == "first" else 2, "", 0)
+                return (0 if model.layout.role(name) == "first" else 2, "", 0)
             return (1, place.stack, place.index)
 
         return sorted(names, key=key)
@@ -221,10 +264,10 @@ class _Finder:
         for item in inputs:
             model = self.models[item.model]
             if offset is None:
-                theirs = find_alias(name, item.alias)
+                theirs = item.names.get(name, name)
             else:
                 assert model.layout.main is not None
-                theirs = f"{model.layout.main.prefix}{item.start + offset}.{suffix}"
+                theirs = f"{model.layout.main.prefix}{item.start + offset}.{item.suffixes.get(suffix, suffix)}"
             contributions.append(self._contribution(item, model, theirs))
         known = [c.info for c in contributions if c.info is not None]
         copy = bool(known) and is_derived_buffer(name, known[0].shape)
@@ -235,22 +278,29 @@ class _Finder:
     def _contribution(item: _Input, model: Model, name: str) -> Contribution:
         info, tied = model.tensors.get(name), False
         if is_head(name) and model.head is None and model.embedding is not None:
-            stored = info
-            info, tied = model.tensors[model.embedding], True
             # A stored copy of a tied head is what the model computes with only if it equals the embedding; it does.
-            info = stored or info
+            info, tied = info or model.tensors[model.embedding], True
         return Contribution(item.model, name, info, item.own, tied)
 
-    def _add_untied_head(
-        self, lead: Model, inputs: Sequence[_Input], scope: Mapping[str, Any], path: tuple[str | int, ...]
+    def _add_missing_head(
+        self,
+        donor: Model,
+        inputs: Sequence[_Input],
+        base: int | None,
+        scope: Mapping[str, Any],
+        path: tuple[str | int, ...],
     ) -> None:
-        """If the lead's head is tied (not stored) but another input has one of its own, the output has one too."""
-        if any(is_head(slot.name) for slot in self.slots):
+        """Add the head that the lead does not store, because it is tied there, but that the output needs.
+
+        That is so if another input has a head of its own, or if the donor's config promises one.
+        """
+        if any(is_head(slot.name) for slot in self.slots) or has_no_head(donor.config):
             return
         heads = [self.models[i.model].head for i in inputs]
         name = next((head for head in heads if head is not None), None)
+        if name is None and is_tied(donor.config) is False:
+            name = donor.head
         if name is not None:
-            base = self.models.base
             self._add(name, name, 0.0, inputs, base if base in [i.model for i in inputs] else None, scope, path)
 
     def _left_out(self, involved: Sequence[int], *, sliced: bool = False) -> tuple[tuple[int, str, str], ...]:
@@ -262,6 +312,8 @@ class _Finder:
                     continue
                 if sliced and (self._in_main(model, name) or position not in involved):
                     reason = "outside the slices"
+                elif sliced and model.layout.is_extra(name):
+                    reason = "it belongs to a layer past the model's last"
                 elif sliced:
                     reason = "another slice gives this tensor"
                 elif is_derived_buffer(name, info.shape):

@@ -15,7 +15,7 @@ __all__ = ["ConfigYamlDumper", "RecipeText", "dump_yaml", "read_recipe_text"]
 
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_DEPTH = 32
-_MAX_NODES = 200_000
+_MAX_NODES = 100_000
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -100,7 +100,7 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
         raise RecipeError("the recipe is empty", place=name)
     if not isinstance(value, dict):
         raise RecipeError("a recipe is a mapping such as 'merge_method: linear'", place=f"{name}:1:1")
-    return RecipeText(name, text, value, node, tuple(check.duplicates))
+    return RecipeText(name, text, value, node, check.duplicates())
 
 
 def _explain(error: yaml.MarkedYAMLError) -> str:
@@ -129,7 +129,7 @@ class _Check:
     """Refuse what would hurt later: nodes that contain themselves, aliases that blow up, keys that are not text."""
 
     def __init__(self, name: str, loader: Any) -> None:
-        self.duplicates: list[str] = []
+        self._duplicates: list[tuple[int, int, str]] = []
         self._name, self._loader = name, loader
         self._known: dict[int, tuple[int, int] | None] = {}
 
@@ -176,8 +176,13 @@ class _Check:
                 quoted = f"; write '{key.value}' in quotes" if isinstance(key, yaml.ScalarNode) else ""
                 raise RecipeError(f"a key must be text{quoted}", place=self._place(key))
             if key.value in seen:
-                self.duplicates.append(f"{self._place(key)}: '{key.value}' is given twice; the last one counts")
+                mark = key.start_mark
+                self._duplicates.append((mark.line, mark.column, f"{self._place(key)}: '{key.value}'"))
             seen.add(key.value)
+
+    def duplicates(self) -> tuple[str, ...]:
+        """A warning for each key that is given twice, in the order of the document."""
+        return tuple(f"{text} is given twice; the last one counts" for *_, text in sorted(self._duplicates))
 
     def _place(self, node: yaml.Node) -> str:
         return _at(self._name, node.start_mark)
