@@ -23,8 +23,10 @@ __all__ = [
     "Array",
     "bf16",
     "config",
+    "encode",
     "llama",
     "raw_safetensors",
+    "read_model",
     "read_safetensors",
     "to_float",
     "write_model",
@@ -45,7 +47,7 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u
 def bf16(values: np.ndarray) -> np.ndarray:
     """Finite float32 ``values`` rounded to bfloat16 (to nearest, ties to even), as uint16."""
     bits = np.ascontiguousarray(values, "<f4").view("<u4").astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").reshape(np.shape(values))
 
 
 def to_float(array: Array) -> np.ndarray:
@@ -58,7 +60,7 @@ def to_float(array: Array) -> np.ndarray:
 
 def encode(code: str, values: np.ndarray) -> Array:
     """``values`` as a tensor of type ``code``."""
-    return code, bf16(values) if code == "BF16" else np.ascontiguousarray(values.astype(_NUMPY[code]))
+    return code, bf16(values) if code == "BF16" else values.astype(_NUMPY[code])
 
 
 def raw_safetensors(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -73,7 +75,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> Path:
     header, data = {}, bytearray()
     for name, (code, array) in tensors.items():
         begin = len(data)
-        data += np.ascontiguousarray(array).tobytes()
+        data += array.tobytes()
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [begin, len(data)]}
     return raw_safetensors(path, header, bytes(data))
 

@@ -176,6 +176,29 @@ def test_sparse_sums_are_the_same(twin, kind, consensus, normalize):
         both(twin, "sparse_sum", size, out, raw, codes, 0, *sparse_arguments(count, size, first, index), *rest)
 
 
+@pytest.mark.parametrize("consensus", [False, True])
+def test_faulty_inputs_come_out_the_same(twin, consensus):
+    for place, fault, out in product(range(3), (np.nan, np.inf, -np.inf), (BF16, F32)):
+        models = models_of("exact", 3, 1031)
+        models[place][::7] = fault
+        raw, codes = pack(models, [F32] * 3)
+        arguments = sparse_arguments(3, 1031, 3, 0)
+        rest = (WEIGHTS[:3], np.ones(3, np.float32), consensus, True, np.float32(1), 0)
+        both(twin, "sparse_sum", 1031, out, raw, codes, 0, *arguments, *rest)
+
+
+def test_faulty_inputs_show_in_sums(twin):
+    for fault in (np.nan, np.inf):
+        models = models_of("exact", 3, 4099)
+        models[1][5], models[1][2053] = fault, -fault
+        raw, codes = pack(models, [F32] * 3)
+        totals, norms, arguments = np.zeros((3, 3)), np.zeros((3, 2)), sparse_arguments(3, 4099, 3, 0)
+        twin.gram(raw, codes, 0, 4099, totals)
+        assert np.isfinite(totals).tolist() == [[True] * 3, [True, False, False], [True] * 3]
+        twin.kept_norms(raw, codes, 0, np.array([False, True, True]), *arguments, 0, 4099, norms)
+        assert np.isfinite(norms).tolist() == [[True] * 2, [False] * 2, [True] * 2]
+
+
 def test_ties_take_their_turn(twin):
     base, model = models_of("equal", 2, 1021)
     raw, codes = pack([base, model], [F32, F32])

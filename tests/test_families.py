@@ -6,11 +6,16 @@ import shutil
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from mergekit.families.config import layer_count
+from mergekit.families.layout import infer_layout, is_head
 from mergekit.methods import method_names
+from mergekit.planning.models import Model
 from tiny import FAMILIES, config_of, load_checked, merge, outputs_of, recipe_for, tensors_of, unaccounted
 
 Tiny = Callable[..., Path]
@@ -63,3 +68,61 @@ def test_average_of_a_model_with_itself_is_the_model(tiny: Tiny, tmp_path: Path,
     )
     assert torch.equal(wanted, got)
     assert config_of(model) == config_of(tmp_path / "out")
+
+
+CANNOT_TELL = {
+    "albert": "all layers share one set of tensors",
+    "blt": "four stacks and no layer count",
+    "ctrl": "its embeddings are called 'w'",
+    "flaubert": "its head is called 'pred_layer.proj'",
+    "fsmt": "its head is a second embedding table",
+    "hrm_text": "two stacks share the layers",
+    "perceiver": "its embeddings belong to a preprocessor",
+    "xlm": "its head is called 'pred_layer.proj'",
+}
+"""What names alone don't show; such models still merge whole, tensor by tensor."""
+
+
+@pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore")  # of no interest here: models are built without weights and never used
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"])
+def test_inference_agrees_with_transformers_on_every_architecture(task: str) -> None:
+    """The layers, the embeddings and the head of each architecture that transformers can build from defaults."""
+    classes = getattr(transformers.models.auto.modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+    wrong, checked = {}, 0
+    for model_type, name in classes.items():
+        try:
+            config = transformers.AutoConfig.for_model(model_type)
+            with torch.device("meta"):
+                model = getattr(transformers, name)(config)
+        except Exception:  # needs packages or settings of its own
+            continue
+        checked += 1
+        if found := disagreement(model, config.to_dict()):
+            wrong[model_type] = found
+    assert checked > 25
+    assert {model_type: found for model_type, found in wrong.items() if model_type not in CANNOT_TELL} == {}
+
+
+def disagreement(model: Any, config: dict[str, Any]) -> str:
+    """Where inference from a model's names differs from the model itself ('' where it does not)."""
+    names = list(model.state_dict())
+    layout = infer_layout(names, config)
+    mine = Model(None, None, config, dict.fromkeys(names), layout)  # type: ignore[arg-type]
+    if layout.main is None or layer_count(config) not in (None, layout.main.count):
+        return f"{layer_count(config)} layers, but {layout.main}"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    embedding, head = weight_of(model.get_input_embeddings), weight_of(model.get_output_embeddings)
+    if embedding is not None and parameters.get(mine.embedding or "") is not embedding:
+        return f"the embeddings are not {mine.embedding}"
+    if head is not None and not any(is_head(name) for name, parameter in parameters.items() if parameter is head):
+        return f"the head is none of {[name for name in names if is_head(name)]}"
+    return ""
+
+
+def weight_of(ask: Callable[[], Any]) -> Any:
+    """The weight of the module that ``ask`` gives; None if there is no such module."""
+    try:
+        return getattr(ask(), "weight", None)
+    except (NotImplementedError, AttributeError):
+        return None

@@ -114,10 +114,18 @@ def test_an_object_that_yaml_has_no_form_for_is_refused():
         load_recipe({"merge_method": "linear", "models": [{"model": object()}]})
 
 
-@pytest.mark.parametrize("words", [{"modles": []}, {"models": [{"model": "a", "wieght": 1}]}, {"slices": [{"sources": []}]},
-                                   {"dtype": "floaty"}, {"parameters": {"weight": None}}, {"seed": -1},
-                                   {"models": [{"model": "a"}], "slices": [{"sources": [
-                                       {"model": "a", "layer_range": [0, 1]}]}]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"modles": []},
+        {"models": [{"model": "a", "wieght": 1}]},
+        {"slices": [{"sources": []}]},
+        {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]},
+        {"dtype": "floaty"},
+        {"parameters": {"weight": None}},
+        {"seed": -1},
+    ],
+)
 def test_a_configuration_refuses_what_a_recipe_may_not_say(words):
     with pytest.raises(ValidationError):
         configuration(**words)
@@ -141,8 +149,8 @@ def test_models_are_listed_in_the_order_of_first_mention():
     assert list(map(str, configuration(base_model="a").referenced_models())) == ["a"]
 
 
-DTYPES = {"bfloat16": "bfloat16", "torch.float16": "float16", "float32": "float32", "float64": "float64", "bf16": "bfloat16",
-          "fp16": "float16", "half": "float16", "torch.bfloat16": "bfloat16"}  # fmt: skip
+DTYPES = {"bfloat16": "bfloat16", "torch.float16": "float16", "float32": "float32", "float64": "float64",
+          "bf16": "bfloat16", "fp16": "float16", "half": "float16", "torch.bfloat16": "bfloat16"}  # fmt: skip
 
 
 @pytest.mark.parametrize("word", ["dtype", "out_dtype"])
@@ -214,9 +222,9 @@ def test_references_as_mappings(value, reference):
 
 @pytest.mark.parametrize("value", [
     "", "@", "a@", "@v", "a@b@c", "a+", "+l", "a+b+c", "a+b@", 3, None, True, ["a"], {}, {"model": None}, {"model": 3},
-    {"model": {"path": 3}}, {"model": {"path": ""}}, {"model": {"path": "a", "revision": 3}}, {"model": {"revision": "v"}},
-    {"path": "a"}, {"model": "a", "lora": 3}, {"model": "a", "override_architecture": 3}, {"model": "a", "x": 1},
-    {"model": {"path": "a", "x": 1}},
+    {"model": {"path": 3}}, {"model": {"path": ""}}, {"model": {"path": "a", "revision": 3}},
+    {"model": {"revision": "v"}}, {"path": "a"}, {"model": "a", "lora": 3}, {"model": "a", "override_architecture": 3},
+    {"model": "a", "x": 1}, {"model": {"path": "a", "x": 1}},
 ], ids=repr)  # fmt: skip
 def test_what_is_no_reference(value):
     with pytest.raises(RecipeError):

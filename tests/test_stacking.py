@@ -11,6 +11,7 @@ import torch
 
 import mergekit
 from mergekit.errors import IncompatibleError, RecipeError
+from mergekit.families.stacking import stack_layers
 from mergekit.planning import Plan
 from mergekit.planning.plan import Apply
 from tiny import FAMILIES, config_of, edited, load_checked, merge, outputs_of, tensors_of, unaccounted
@@ -104,6 +105,15 @@ def test_stack_generates(tiny: Tiny, tmp_path: Path, family: str) -> None:
     assert all(logits.isfinite().all() for logits in result.logits)
 
 
+def test_text_layers_are_told_from_image_layers_of_the_same_number(tiny: Tiny, tmp_path: Path) -> None:
+    vision = {**FAMILIES["llava"].sizes["vision_config"], "num_hidden_layers": 3}
+    model, out = tiny("llava", vision_config=vision), tmp_path / "out"
+    merge(slices((model, 0, 3), (model, 2, 3)), out)
+    assert_layers(out, STACKS["llava"], [(model, 0), (model, 1), (model, 2), (model, 2)])
+    assert config_of(out)["vision_config"]["num_hidden_layers"] == 3
+    load_checked(out, FAMILIES["llava"].auto_class)
+
+
 def test_whole_range_is_the_model_itself(tiny: Tiny, tmp_path: Path) -> None:
     model, out = tiny("llama"), tmp_path / "out"
     plan = merge(slices((model, 0, 3)), out)
@@ -184,6 +194,28 @@ def test_lists_of_layer_numbers_are_renumbered(tiny: Tiny, tmp_path: Path) -> No
     merge(slices((model, 0, 3), (model, 1, 4)), out)
     assert config_of(out)["mlp_only_layers"] == [1, 3, 5]
     assert outputs_of(load_checked(out)).isfinite().all()
+
+
+def test_configs_without_a_layer_count(tmp_path: Path) -> None:
+    pattern = {"hybrid_override_pattern": "M-*M", "eos_token_id": [1, 2, 3, 4]}
+    layers = [(pattern, number) for number in (0, 1, 2, 1, 2, 3)]
+    config, warnings = stack_layers(pattern, layers, count=4)
+    assert config == {**pattern, "hybrid_override_pattern": "M-*-*M"}
+    assert not warnings
+    _, warnings = stack_layers({}, layers, count=4)
+    assert warnings == ["config.json names no layer count; set it to 6 by hand"]
+
+
+def test_tensors_that_a_slice_has_no_place_for_are_named(tiny: Tiny) -> None:
+    plain, biased = tiny("llama"), tiny("llama_biased", seed=1)
+    recipe = slices([(plain, 0, 2), (biased, 1, 3)], [(plain, 2, 3)], merge_method="linear", parameters={"weight": 1})
+    plan = mergekit.plan(recipe)
+    assert not unaccounted(plan)
+    left = {name: reason for source, name, reason in plan.left_out if source == 1}
+    assert left["model.layers.1.self_attn.q_proj.bias"] == "the model that it is merged with has no such tensor"
+    assert left["model.layers.0.self_attn.q_proj.bias"] == "outside the slices"
+    assert left["model.norm.weight"] == "another slice gives this tensor"
+    assert ["the model that it is merged with" in warning for warning in plan.warnings] == [True]
 
 
 def test_settings_that_count_layers_are_named_only_where_they_matter(tiny: Tiny, tmp_path: Path) -> None:
@@ -307,6 +339,14 @@ def test_ranges_beyond_the_model_and_of_unequal_length_are_refused(tiny: Tiny) -
         mergekit.plan(slices((a, 0, 2), (b, 1, 4)))
     with pytest.raises(RecipeError, match="this source has 1 layers, but the first one of the slice has 2"):
         mergekit.plan(slices([(a, 0, 2), (b, 1, 2)], merge_method="linear", parameters={"weight": 1}))
+
+
+def test_layers_of_another_shape_are_refused(tiny: Tiny) -> None:
+    a, b = tiny("llama"), tiny("llama", seed=1, intermediate_size=41)
+    with pytest.raises(
+        IncompatibleError, match=r"cannot stack model\.layers\.1\.mlp\.\w+\.weight of .* shape is \[\d+, \d+\]"
+    ):
+        mergekit.plan(slices((a, 0, 2), (b, 1, 3)))
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper"])

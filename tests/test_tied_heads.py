@@ -1,4 +1,4 @@
-"""Heads tied to the embeddings or not, prefixes that come and go, vocabularies of different size, shards."""
+"""Heads that are tied to the embeddings or not, and vocabularies of different size."""
 
 from __future__ import annotations
 
@@ -42,9 +42,6 @@ def average(*models: Path, base: Path | None = None) -> dict[str, Any]:
 def is_shared(model: Any) -> bool:
     """Whether a loaded model computes its logits with its embeddings."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-# --- tied heads
 
 
 def test_tied_models_stay_tied(tiny: Tiny, tmp_path: Path) -> None:
@@ -135,127 +132,6 @@ def test_stack_of_tied_and_untied_has_the_head_of_its_last_slice(tiny: Tiny, tmp
     assert torch.equal(merged[HEAD], tensors_of(order[1])[HEAD if first == "tied" else EMBEDDING])
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
     assert not is_shared(load_checked(tmp_path / "out"))
-
-
-# --- prefixes
-
-
-def without_prefix(name: str) -> str:
-    return name.removeprefix("transformer.")
-
-
-@pytest.mark.parametrize("bare_first", [True, False])
-@pytest.mark.parametrize("untied", [False, True])
-def test_gpt2_saved_with_and_without_its_prefix(tiny: Tiny, tmp_path: Path, bare_first: bool, untied: bool) -> None:
-    """The files of the original GPT-2 have no prefix, those of its fine-tunes have one."""
-    full = tiny("gpt2", tie_word_embeddings=not untied)
-    bare = edited(tiny("gpt2", seed=1), tmp_path / "bare", rename=without_prefix)
-    models = (bare, full) if bare_first else (full, bare)
-    plan = merge(average(*models), tmp_path / "out")
-    assert not unaccounted(plan)
-    assert not plan.left_out
-    merged, of_full, of_bare = (tensors_of(folder) for folder in (tmp_path / "out", full, bare))
-    names = set(of_bare if bare_first else of_full) | ({HEAD} if untied else set())
-    assert set(merged) == names
-    for name, tensor in of_bare.items():
-        mine = merged[name if bare_first else f"transformer.{name}"]
-        torch.testing.assert_close(mine, (tensor + of_full[f"transformer.{name}"]) / 2)
-    if untied:
-        torch.testing.assert_close(merged[HEAD], (of_full[HEAD] + of_bare["wte.weight"]) / 2)
-    assert is_shared(load_checked(tmp_path / "out")) is not untied
-
-
-@pytest.mark.parametrize("bare_first", [True, False])
-def test_bare_model_with_a_model_with_a_head(tiny: Tiny, tmp_path: Path, bare_first: bool) -> None:
-    bare, masked = tiny("bert"), tiny("bert_masked", seed=1)
-    models, auto = ((bare, masked), "AutoModel") if bare_first else ((masked, bare), "AutoModelForMaskedLM")
-    with pytest.raises(IncompatibleError, match="pass --allow-crimes"):
-        mergekit.plan(average(*models))
-    plan = merge(average(*models), tmp_path / "out", allow_crimes=True)
-    assert not unaccounted(plan)
-    merged, of_bare, of_masked = (tensors_of(folder) for folder in (tmp_path / "out", bare, masked))
-    assert set(merged) == set(of_bare if bare_first else of_masked)
-    shared = [name for name in of_bare if f"bert.{name}" in of_masked]
-    assert len(shared) == len(of_bare) - 2, "all but the pooler"
-    for name in shared:
-        mine = merged[name if bare_first else f"bert.{name}"]
-        torch.testing.assert_close(mine, (of_bare[name] + of_masked[f"bert.{name}"]) / 2)
-    alone = [name for name in of_bare if "pooler" in name] if bare_first else [n for n in of_masked if "cls." in n]
-    assert all(torch.equal(merged[name], (of_bare if bare_first else of_masked)[name]) for name in alone)
-    left = {name for _, name, _ in plan.left_out}
-    assert left == (
-        {n for n in of_masked if "cls." in n} if bare_first else {"pooler.dense.weight", "pooler.dense.bias"}
-    )
-    assert any("left out" in warning for warning in plan.warnings)
-    assert outputs_of(load_checked(tmp_path / "out", auto)).isfinite().all()
-
-
-def test_bare_model_gets_no_head_from_another(tiny: Tiny, tmp_path: Path) -> None:
-    bare = tiny("gpt2", model_class="GPT2Model")
-    full = tiny("gpt2", seed=1, tie_word_embeddings=False)
-    plan = merge(average(bare, full), tmp_path / "out", allow_crimes=True)
-    assert names_of(tmp_path / "out") == names_of(bare)
-    assert [(source, name) for source, name, _ in plan.left_out] == [(1, HEAD)]
-    load_checked(tmp_path / "out", "AutoModel")
-
-
-OLD_BUFFERS = {
-    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(5.0)},
-    "gpt_neox": {
-        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.arange(5.0),
-        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
-        "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 47, 47).tril().bool(),
-    },
-    "gpt2": {
-        "transformer.h.0.attn.bias": torch.ones(1, 1, 47, 47).tril().to(torch.uint8),
-    },
-    "bert_masked": {"bert.embeddings.position_ids": torch.arange(47)[None]},
-}
-
-
-@pytest.mark.parametrize("old_first", [True, False])
-@pytest.mark.parametrize("family", OLD_BUFFERS)
-def test_buffers_of_older_files_are_copied_or_left_out(
-    tiny: Tiny, tmp_path: Path, family: str, old_first: bool
-) -> None:
-    buffers, new = OLD_BUFFERS[family], tiny(family, seed=1)
-    old = edited(tiny(family), tmp_path / "old", add=buffers)
-    plan = merge(average(*((old, new) if old_first else (new, old))), tmp_path / "out")
-    assert not unaccounted(plan)
-    assert not plan.warnings
-    merged = tensors_of(tmp_path / "out")
-    if old_first:
-        assert all(torch.equal(merged[name], tensor) for name, tensor in buffers.items())
-    else:
-        assert {name for _, name, _ in plan.left_out} == set(buffers)
-    assert set(merged) == set(tensors_of(old if old_first else new))
-    load_checked(tmp_path / "out", FAMILIES[family].auto_class)
-
-
-# --- shards
-
-
-def test_shards_in_and_out(tiny: Tiny, tmp_path: Path) -> None:
-    whole = [tiny("llama", seed=seed) for seed in (0, 1)]
-    split = [tiny("llama", seed=seed, max_shard_size="20KB") for seed in (0, 1)]
-    assert all(len(list(folder.glob("model-*.safetensors"))) > 2 for folder in split)
-    for name, models, size in (("a", whole, 0), ("b", split, 0), ("c", whole, 20_000), ("d", split, 20_000)):
-        merge(average(*models), tmp_path / name, shard_size=size)
-    wanted = tensors_of(tmp_path / "a")
-    for name in "bcd":
-        tensors = tensors_of(tmp_path / name)
-        assert tensors.keys() == wanted.keys()
-        assert all(torch.equal(tensors[n], wanted[n]) for n in wanted)
-    index = json.loads((tmp_path / "d" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(wanted)
-    files = sorted((tmp_path / "d").glob("*.safetensors"))
-    assert [file.name for file in files] == sorted(set(index["weight_map"].values()))
-    assert len(files) > 2
-    a, d = (outputs_of(load_checked(tmp_path / name)) for name in "ad")
-    assert torch.equal(a, d)
-
-
-# --- vocabularies of different size
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert_masked", "llava"])

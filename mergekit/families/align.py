@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["WRAPPERS", "align"]
+__all__ = ["WRAPPERS", "align", "core"]
 
 WRAPPERS = frozenset(
     ["model", "transformer", "language_model", "vision_model", "backbone", "base_model", "gpt_neox", "bert", "roberta",
@@ -35,11 +35,11 @@ def align(wanted: Iterable[str], present: Iterable[str]) -> dict[str, str]:
 def _by_core(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(_core(name), []).append(name)
+        found.setdefault(core(name), []).append(name)
     return found
 
 
-def _core(name: str) -> str:
+def core(name: str) -> str:
     """A name without wrappers, its norm spelt as today."""
     *modules, last = name.split(".")
     if modules and modules[-1].lower() in ("layernorm", "layer_norm"):

@@ -278,7 +278,8 @@ def _add_up(total: float, values: Tensor) -> float:
     sums = [values[:whole].view(-1, GRAM_BLOCK).sum(dim=1)]
     if whole < len(values):
         sums.append(values[whole:].sum().view(1))
-    return float(np.cumsum(np.append(total, torch.cat(sums).cpu().numpy().astype(np.float64)))[-1])
+    with np.errstate(invalid="ignore"):  # infinities of both signs make NaN, which the caller looks for
+        return float(np.cumsum(np.append(total, torch.cat(sums).cpu().numpy().astype(np.float64)))[-1])
 
 
 def _keep(
@@ -307,7 +308,8 @@ def _agreed(total: Tensor, parts: list[tuple[Tensor, float]], normalize: bool) -
     is_positive = total >= 0
     agreed, weight = torch.zeros_like(total), torch.zeros_like(total)
     for kept, w in parts:
-        agrees = torch.where(is_positive, kept > 0, kept < 0)
+        # Written so that NaN counts as agreeing: it must show in the result, not vanish.
+        agrees = ~torch.where(is_positive, kept <= 0, kept >= 0)
         agreed += torch.where(agrees, kept, 0.0)
         weight += agrees.to(torch.float32) * w
     return agreed / torch.where(weight > 0, weight, 1.0) if normalize else agreed

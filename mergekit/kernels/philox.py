@@ -27,26 +27,22 @@ _LANE = GROUP // 4
 def fill_random(first: int, key0: int, key1: int, state: np.ndarray) -> None:
     """The random numbers of elements ``first .. first + 1024`` (``first`` a multiple of 1024) into ``state``.
 
-    ``state`` is uint32 [1024]; its four quarters serve as the four words of 256 counters on their way through the
-    rounds, which makes each round one vector loop.
+    ``state`` is uint32 [1024]; the compiler runs several counters side by side in vector registers.
     """
     counter = np.uint64(first // GROUP * _LANE)
-    x0, x1, x2, x3 = state[:_LANE], state[_LANE : 2 * _LANE], state[2 * _LANE : 3 * _LANE], state[3 * _LANE : 4 * _LANE]
-    low = np.uint32(counter)
+    low, high = np.uint32(counter), np.uint32(counter >> np.uint64(32))
+    a, b, c, d = state[:_LANE], state[_LANE : 2 * _LANE], state[2 * _LANE : 3 * _LANE], state[3 * _LANE : 4 * _LANE]
     # 256 divides 2^32, so the low word never carries inside a group.
     for j in range(_LANE):
-        x0[j] = low + np.uint32(j)
-    x1[:] = np.uint32(counter >> np.uint64(32))
-    x2[:] = 0
-    x3[:] = 0
-    k0, k1 = np.uint32(key0), np.uint32(key1)
-    for _ in range(ROUNDS):
-        for j in range(_LANE):
-            a = np.uint64(_MUL0) * np.uint64(x0[j])
-            b = np.uint64(_MUL1) * np.uint64(x2[j])
-            x0[j] = np.uint32(b >> np.uint64(32)) ^ x1[j] ^ k0
-            x1[j] = np.uint32(b)
-            x2[j] = np.uint32(a >> np.uint64(32)) ^ x3[j] ^ k1
-            x3[j] = np.uint32(a)
-        k0 = np.uint32(k0 + np.uint32(_WEYL0))
-        k1 = np.uint32(k1 + np.uint32(_WEYL1))
+        x0, x1, x2, x3 = np.uint32(low + np.uint32(j)), high, np.uint32(0), np.uint32(0)
+        k0, k1 = np.uint32(key0), np.uint32(key1)
+        for _ in range(ROUNDS):
+            p = np.uint64(_MUL0) * np.uint64(x0)
+            q = np.uint64(_MUL1) * np.uint64(x2)
+            x0 = np.uint32(np.uint32(q >> np.uint64(32)) ^ x1 ^ k0)
+            x1 = np.uint32(q)
+            x2 = np.uint32(np.uint32(p >> np.uint64(32)) ^ x3 ^ k1)
+            x3 = np.uint32(p)
+            k0 = np.uint32(k0 + np.uint32(_WEYL0))
+            k1 = np.uint32(k1 + np.uint32(_WEYL1))
+        a[j], b[j], c[j], d[j] = x0, x1, x2, x3

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit.checkpoint import TensorInfo
 from mergekit.errors import IncompatibleError
-from mergekit.families.align import align
+from mergekit.families.align import align, core
 from mergekit.families.config import has_no_head, is_encoder_decoder, is_tied
 from mergekit.families.layout import is_derived_buffer, is_head
 from mergekit.families.stacking import LayerSource
@@ -101,6 +101,7 @@ class _Finder:
         self.recipe, self.models, self.outer, self.path = recipe, models, outer, path
         self.used: set[tuple[int, str]] = set()
         self.slots: list[Slot] = []
+        self.layers_used: dict[int, set[int]] = {}
         self._shapes: dict[ModelReference, dict[str, set[tuple[int, ...]]]] = {}
 
     def whole(self, entries: Sequence[InputModelDefinition]) -> Slots:
@@ -116,7 +117,7 @@ class _Finder:
         for name in self._in_order(donor, donor.tensors):
             self._add(name, name, donor.layout.depth(name), inputs, self.models.base, {}, (*self.path, "models"))
         self._add_missing_head(donor, inputs, self.models.base, {}, (*self.path, "models"))
-        return self._slots(None, self._left_out([i.model for i in inputs]))
+        return self._slots(None)
 
     def stack(self, outputs: Sequence[OutputSliceDefinition]) -> Slots:
         """Slices: layers renumbered 0, 1, 2, ...; what comes before is the first slice's, after it the last's."""
@@ -129,7 +130,6 @@ class _Finder:
                 "merge whole models with 'models'"
             )
         layers: list[LayerSource] = []
-        involved: list[int] = []
         plans = [self._slice(i, output, donor) for i, output in enumerate(outputs)]
         for role, (inputs, base, scope, path, _, lead) in (("first", plans[0]), ("last", plans[-1])):
             names = [
@@ -142,14 +142,12 @@ class _Finder:
                 self._add(spelling.get(name, name), name, lead.layout.depth(name), inputs, base, scope, path)
             if role == "last":
                 self._add_missing_head(donor, inputs, base, scope, path)
-        for inputs, *_ in plans:
-            involved += [i.model for i in inputs if i.model not in involved]
-        return self._slots(tuple(layers), self._left_out(involved, sliced=True))
+        return self._slots(tuple(layers))
 
-    def _slots(self, layers: tuple[LayerSource, ...] | None, left_out: tuple[tuple[int, str, str], ...]) -> Slots:
+    def _slots(self, layers: tuple[LayerSource, ...] | None) -> Slots:
         names = [slot.name for slot in self.slots]
         assert len(names) == len(set(names)), "two output tensors of one name"
-        return Slots(tuple(self.slots), layers, left_out)
+        return Slots(tuple(self.slots), layers, self._left_out(sliced=layers is not None))
 
     def _add_layers(self, plans: list[Any], donor: Model, layers: list[LayerSource]) -> None:
         assert donor.layout.main is not None
@@ -171,6 +169,8 @@ class _Finder:
                     output = f"{donor.layout.main.prefix}{len(layers)}.{mine}"
                     self._add(output, name, t, inputs, base, scope, path, offset=k, suffix=suffix)
                 layers.append((lead.config, start + k))
+                for item in inputs:
+                    self.layers_used.setdefault(item.model, set()).add(item.start + k)
 
     def _slice(self, i: int, output: OutputSliceDefinition, donor: Model) -> Any:
         path = (*self.path, "slices", i)
@@ -303,22 +303,35 @@ class _Finder:
         if name is not None:
             self._add(name, name, 0.0, inputs, base if base in [i.model for i in inputs] else None, scope, path)
 
-    def _left_out(self, involved: Sequence[int], *, sliced: bool = False) -> tuple[tuple[int, str, str], ...]:
-        found = []
-        for position in range(len(self.models.models)):
-            model = self.models[position]
-            for name, info in model.tensors.items():
-                if (position, name) in self.used:
-                    continue
-                if sliced and (self._in_main(model, name) or position not in involved):
-                    reason = "outside the slices"
-                elif sliced and model.layout.is_extra(name):
-                    reason = "it belongs to a layer past the model's last"
-                elif sliced:
-                    reason = "another slice gives this tensor"
-                elif is_derived_buffer(name, info.shape):
-                    reason = "a buffer that the config determines"
-                else:
-                    reason = f"{self.models[self.models.donor].reference.short} has no such tensor"
-                found.append((position, name, reason))
-        return tuple(found)
+    def _left_out(self, *, sliced: bool) -> tuple[tuple[int, str, str], ...]:
+        """Every tensor that goes nowhere: its model, its name, and why."""
+        given = {core(slot.name) for slot in self.slots}
+        return tuple(
+            (
+                position,
+                name,
+                self._slice_reason(position, name, given) if sliced else self._whole_reason(position, name),
+            )
+            for position in range(len(self.models.models))
+            for name in self.models[position].tensors
+            if (position, name) not in self.used
+        )
+
+    def _whole_reason(self, position: int, name: str) -> str:
+        if is_derived_buffer(name, self.models[position].tensors[name].shape):
+            return "a buffer that the config determines"
+        return f"{self.models[self.models.donor].reference.short} has no such tensor"
+
+    def _slice_reason(self, position: int, name: str, given: Collection[str]) -> str:
+        model = self.models[position]
+        is_layer = self._in_main(model, name)
+        layers = self.layers_used.get(position, ())
+        if not layers or (is_layer and model.layout.place(name).index not in layers):
+            return "outside the slices"
+        if model.layout.is_extra(name):
+            return "it belongs to a layer past the model's last"
+        if is_derived_buffer(name, model.tensors[name].shape):
+            return "a buffer that the config determines"
+        if not is_layer and core(name) in given:
+            return "another slice gives this tensor"
+        return "the model that it is merged with has no such tensor"

@@ -81,7 +81,7 @@ TokenizerSource = Annotated[Any, BeforeValidator(_tokenizer_source)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, ser_json_inf_nan="constants")
 
 
 class ConditionalParameter(_Strict):

@@ -200,11 +200,17 @@ class ConfigYamlDumper(yaml.SafeDumper):
         flow = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in data)
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
 
+    def represent_text(self, data: str) -> yaml.ScalarNode:
+        """A scalar, in quotes and with escapes if it holds characters that readers take for ends of lines or drop."""
+        plain = data.replace("\n", "").isprintable()
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
 
+
+ConfigYamlDumper.add_representer(str, ConfigYamlDumper.represent_text)
 ConfigYamlDumper.add_representer(list, ConfigYamlDumper.represent_list)
 ConfigYamlDumper.add_representer(tuple, ConfigYamlDumper.represent_list)
-ConfigYamlDumper.add_multi_representer(float, ConfigYamlDumper.represent_float)  # numpy.float64 is a float
-ConfigYamlDumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+ConfigYamlDumper.add_multi_representer(float, lambda dumper, value: dumper.represent_float(float(value)))
+ConfigYamlDumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_text(str(path)))
 
 
 def dump_yaml(value: Any) -> str:
