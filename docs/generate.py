@@ -23,7 +23,11 @@ def methods_page() -> str:
     parts = [_HEAD, "# Merge methods\n"]
     for method in map(get_method, method_names()):
         text = inspect.cleandoc(method.function.__doc__ or "").split("\n>>>")[0].rstrip().replace("``", "`")
-        parts += [f"\n## {method.title} (`{method.name}`)\n", f"{text}\n", *([f"{method.paper}. <{method.url}>\n"] if method.paper else [])]
+        parts += [
+            f"\n## {method.title} (`{method.name}`)\n",
+            f"{text}\n",
+            *([f"{method.paper}. <{method.url}>\n"] if method.paper else []),
+        ]
         parts += ["| parameter | values | for | default | |", "|---|---|---|---|---|"]
         for p in method.params:
             scope = {"once": "the tensor", "each": "each model but the base", "input": "each model"}[p.scope]

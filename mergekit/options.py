@@ -41,7 +41,7 @@ def parse_kmb(text: str | int) -> int:
     >>> parse_kmb("5B"), parse_kmb("1.5gb")
     (5000000000, 1500000000)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(k|kb|m|mb|b|g|gb)?\s*", str(text).lower())
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(k|kb|m|mb|b|g|gb)?\s*", str(text).lower())
     if match is None:
         raise UsageError(f"'{text}' is not a size; write bytes, or a number with k, m or b: 500m, 5B")
     factor = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "": 1}[(match[2] or "")[:1]]

@@ -37,7 +37,7 @@ def _run(command: Any, program: str, args: tuple[str | Path, ...]) -> Result:
     out, err, code, started = io.StringIO(), io.StringIO(), 0, time.process_time()
     with patch.object(sys, "argv", [program, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
         try:
-            boundary.run(command)
+            boundary.run(command, program)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return Result(code, out.getvalue(), err.getvalue(), time.process_time() - started)

@@ -78,6 +78,7 @@ CANNOT_TELL = {
     "fsmt": "its head is a second embedding table",
     "hrm_text": "two stacks share the layers",
     "perceiver": "its embeddings belong to a preprocessor",
+    "t5gemma": "we take the decoder's embeddings, which its head is tied to, for the model's",
     "xlm": "its head is called 'pred_layer.proj'",
 }
 """What names alone don't show; such models still merge whole, tensor by tensor."""

@@ -209,10 +209,10 @@ PACKED: dict[str, tuple[dict[str, Array], Any, str]] = {
     "AQLM": ({".codes": INT8, ".codebooks": ROWS}, None, "AQLM"),
     "Quanto": ({".weight._data": INT8, ".weight._scale": ROWS}, None, "Quanto"),
     "fp8 without scale": ({".weight": FP8}, None, "has no usable scale beside it"),
-    "fp8 with a scale of other size": ({".weight": FP8, ".weight_scale": ("F32", np.ones(3, "<f4"))}, None, "no usable"),
-    "fp8 with a scale of integers": ({".weight": FP8, ".weight_scale": ("I32", np.ones(7, "<i4"))}, None, "no usable"),
+    "fp8, scale of other size": ({".weight": FP8, ".weight_scale": ("F32", np.ones(3, "<f4"))}, None, "no usable"),
+    "fp8, scale of integers": ({".weight": FP8, ".weight_scale": ("I32", np.ones(7, "<i4"))}, None, "no usable"),
     "fp8 with three axes": (
-        {".weight": ("F8_E4M3", np.ones((2, 7, 7), "u1")), ".weight_scale": ("F32", np.ones(2, "<f4"))}, None, "no usable",
+        {".weight": ("F8_E4M3", np.ones((2, 7, 7), "u1")), ".weight_scale": ("F32", np.ones(2, "<f4"))}, None, "usable",
     ),
 }  # fmt: skip
 

@@ -22,6 +22,9 @@ Range = tuple[Path, int, int]
 STACKS = {
     "llama": "model.layers.",
     "llava": "language_model.model.layers.",
+    "qwen2_5_vl": "model.layers.",
+    "modernbert": "model.layers.",
+    "falcon_7b": "transformer.h.",
     "gpt2": "transformer.h.",
     "gpt_neox": "gpt_neox.layers.",
     "falcon": "transformer.h.",

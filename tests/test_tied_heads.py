@@ -65,7 +65,15 @@ def test_untied_models_stay_untied(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied_first", [True, False])
 @pytest.mark.parametrize(
     ("family", "silent"),
-    [("llama", False), ("qwen2", False), ("gpt2", False), ("gpt2", True), ("gemma2", False), ("gemma2", True)],
+    [
+        ("llama", False),
+        ("qwen2", False),
+        ("gpt2", False),
+        ("gpt2", True),
+        ("gemma2", False),
+        ("gemma2", True),
+        ("cohere", False),
+    ],
 )
 def test_tied_with_untied_gives_a_head_of_its_own(
     tiny: Tiny, tmp_path: Path, family: str, silent: bool, tied_first: bool

@@ -80,6 +80,10 @@ FAMILIES: dict[str, Family] = {
         "FalconForCausalLM",
         {**BERT, "hidden_size": 44, "num_kv_heads": 1, "ffn_hidden_size": FFN, "new_decoder_architecture": True},
     ),
+    "falcon_7b": Family("falcon", "FalconForCausalLM", {**BERT, "hidden_size": 44, "ffn_hidden_size": FFN}),
+    "modernbert": Family(
+        "modernbert", "ModernBertForMaskedLM", {**BERT, "hidden_size": 24, "pad_token_id": 0}, "AutoModelForMaskedLM"
+    ),
     "mamba": Family("mamba", "MambaForCausalLM", {**LLAMA, "state_size": 5, "hidden_size": 23}),
     "t5": Family(
         "t5",
@@ -180,6 +184,26 @@ FAMILIES: dict[str, Family] = {
         },
         "AutoModelForSpeechSeq2Seq",
         "sound",
+    ),
+    "qwen2_5_vl": Family(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {
+                **LLAMA,
+                **SPLIT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            },
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 16,
+                "num_heads": 2,
+                "intermediate_size": 17,
+                "out_hidden_size": 32,
+                "patch_size": 2,
+            },
+        },
+        "AutoModelForImageTextToText",
     ),
     "llava": Family(
         "llava",

@@ -30,10 +30,10 @@ def plain(text: str) -> str:
     return "\n".join(line if len(line) <= 1000 else line[:900] + " ... " + line[-90:] for line in lines)
 
 
-def run(command: Callable[..., Any]) -> None:
-    """Run a click command as a program. 0: done; 1: input or environment; 2: recipe or usage; 130: interrupted."""
+def run(command: Callable[..., Any], name: str) -> None:
+    """Run a click command as program ``name``. 0: done; 1: input or machine; 2: recipe or usage; 130: interrupted."""
     try:
-        command.main(standalone_mode=False)  # type: ignore[attr-defined]
+        command.main(prog_name=name, standalone_mode=False)  # type: ignore[attr-defined]
     except MergekitError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)

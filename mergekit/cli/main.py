@@ -45,7 +45,7 @@ def mergekit() -> None:
 
 def main() -> None:
     """Run the program."""
-    run(mergekit)
+    run(mergekit, "mergekit")
 
 
 if __name__ == "__main__":

@@ -72,4 +72,4 @@ def execute(plan: Plan, out: Path, options: Any) -> list[str]:
 
 def main() -> None:
     """The program ``mergekit-yaml``."""
-    run(merge)
+    run(merge, "mergekit-yaml")

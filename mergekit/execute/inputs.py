@@ -67,7 +67,9 @@ class Inputs:
         with self._lock:
             if path not in self._files:
                 try:
-                    self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+                    self._files[path] = os.open(
+                        path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+                    )
                 except OSError as error:
                     raise CheckpointError(f"cannot open {path}: {error.strerror}") from None
             return self._files[path]

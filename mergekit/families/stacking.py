@@ -20,11 +20,18 @@ LayerSource = tuple[Mapping[str, Any], int]
 _NOT_PER_LAYER = ("token_id", "token_ids", "architectures", "_section", "_factor", "labels", "kernel_sizes")
 _LETTER_PER_LAYER = ("hybrid_override_pattern",)
 _LAYER_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "full_attention_layers",
-                  "global_attn_layers", "cross_attention_layers")  # fmt: skip
-_KINDS_BY_POSITION = ("max_window_layers", "sliding_window_pattern", "full_attention_interval")
-_POSITIONAL = (*_KINDS_BY_POSITION, "first_k_dense_replace", "decoder_sparse_step", "num_kv_shared_layers",
-               "hidden_size_per_layer_input", "attn_layer_period", "expert_layer_period", "no_rope_layer_interval",
-               "interleave_moe_layer_step")  # fmt: skip
+                  "hybrid_layer_ids", "local_layer_ids", "ple_layer_ids", "global_attn_layers",
+                  "cross_attention_layers")  # fmt: skip
+_ATTENTION_BY_POSITION = ("max_window_layers", "sliding_window_pattern", "full_attention_interval", "attn_layer_period",
+                          "global_attn_every_n_layers", "layer_group_size", "attention_types")  # fmt: skip
+_MLP_BY_POSITION = ("first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval",
+                    "moe_layer_start_index", "expert_layer_period", "interleave_moe_layer_step",
+                    "num_dense_layers")  # fmt: skip
+_OTHER_BY_POSITION = ("num_kv_shared_layers", "hidden_size_per_layer_input", "no_rope_layer_interval",
+                      "cross_attention_frequency")  # fmt: skip
+_EVERY_LAYER = ("decoder_sparse_step", "moe_layer_freq", "moe_layer_interval", "interleave_moe_layer_step",
+                "attn_layer_period", "expert_layer_period", "layer_group_size")  # fmt: skip
+"""Settings where 1 means that all layers are alike."""
 _EXTRA_LAYERS = "num_nextn_predict_layers"
 _PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 """Families whose older configs leave unsaid that every n-th layer has full attention, and the others a window."""
@@ -92,10 +99,14 @@ def _entry(source: Mapping[str, Any], key: str, number: int, fallback: Sequence[
 
 
 def _matters(key: str, section: Mapping[str, Any]) -> bool:
-    """Whether a setting tells layers apart by position, and nothing else in the config settles it."""
+    """Whether a setting tells layers apart by position, and no list in the config settles it."""
     value = section.get(key)
-    if key not in _POSITIONAL or not value or (key == "decoder_sparse_step" and value == 1):
+    if not value or (value == 1 and key in _EVERY_LAYER):
         return False
-    if key == "max_window_layers" and not section.get("use_sliding_window", True):
-        return False
-    return not (key in _KINDS_BY_POSITION and isinstance(section.get("layer_types"), list))
+    if key in _ATTENTION_BY_POSITION:
+        if key == "max_window_layers" and not section.get("use_sliding_window", True):
+            return False
+        return not isinstance(section.get("layer_types"), list)
+    if key in _MLP_BY_POSITION:
+        return not isinstance(section.get("mlp_layer_types"), list)
+    return key in _OTHER_BY_POSITION

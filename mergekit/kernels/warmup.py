@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numba
 import numpy as np
-from numba import config
+
+from mergekit.kernels import cpu
 
 __all__ = ["FORMS", "cold_forms", "warm_up"]
 
@@ -15,7 +17,7 @@ FORMS = ("span", "sparse")
 
 
 def _marker(form: str) -> Path:
-    return Path(config.CACHE_DIR) / f"{form}.compiled"
+    return Path(numba.config.CACHE_DIR) / f"{form}.compiled"
 
 
 def cold_forms(forms: Iterable[str] = FORMS) -> list[str]:
@@ -25,8 +27,6 @@ def cold_forms(forms: Iterable[str] = FORMS) -> list[str]:
 
 def warm_up(forms: Iterable[str] = FORMS) -> None:
     """Compile the kernels of ``forms`` (a few seconds each on a fresh machine, nothing afterwards)."""
-    from mergekit.kernels import cpu
-
     count = 2048
     rows = np.zeros((2, count * 4), np.uint8)
     codes = np.full(2, cpu.CODES[next(iter(cpu.CODES))], np.int64)

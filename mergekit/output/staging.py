@@ -190,7 +190,9 @@ class Staging:
     def _open_shard(self, name: str, size: int, header: bytes, fresh: bool) -> None:
         path = self.folder / name
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), 0o644)
+            descriptor = os.open(
+                path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), 0o644
+            )
             self._files[name] = descriptor
             if fresh or os.fstat(descriptor).st_size != size:
                 os.ftruncate(descriptor, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mergekit.refs import ModelReference
 __all__ = ["Model", "Models", "open_models"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # no slots: the names below are looked up once
 class Model:
     """One input model. ``tensors`` leaves out the scales of fp8 weights, which belong to their weights."""
 
@@ -28,14 +29,14 @@ class Model:
     tensors: Mapping[str, TensorInfo]
     layout: Layout
 
-    @property
+    @cached_property
     def embedding(self) -> str | None:
         """The name of the input embeddings; of several tables, that beside the main layers."""
         found = [name for name in self.tensors if is_embedding(name)]
         parent = self.layout.main.prefix[:-1].rpartition(".")[0] if self.layout.main else ""
         return next((name for name in found if name.startswith(parent)), found[0] if found else None)
 
-    @property
+    @cached_property
     def head(self) -> str | None:
         """The name of the stored head, unless the config says that the head is tied to the embeddings."""
         found = [name for name in self.tensors if is_head(name)]
