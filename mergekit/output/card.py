@@ -28,7 +28,7 @@ This model was made by merging pretrained language models with mergekit {{ versi
 
 ## How it was made
 
-Method: {% if method.url %}[{{ method.title }}]({{ method.url }}){% else %}{{ method.title }}{% endif %}{% if base %}, with **{{ base }}** as the base model{% endif %}.
+Method: {{ method_name }}{% if base %}, with **{{ base }}** as the base model{% endif %}.
 {{ method.summary }}
 
 Models:
@@ -64,6 +64,7 @@ def model_card(plan: Plan, title: str) -> str:
     """README.md for the result of ``plan``. ``title`` is usually the name of the output folder."""
     from jinja2 import Environment, StrictUndefined
 
+    method = get_method(plan.method)
     shorts = [source.short for source in plan.sources]
     hub = [s.short for s in plan.sources if "/" in s.short and not Path(s.reference).exists()]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
@@ -71,7 +72,8 @@ def model_card(plan: Plan, title: str) -> str:
     return text.render(
         title=title,
         version=plan.version,
-        method=get_method(plan.method),
+        method=method,
+        method_name=f"[{method.title}]({method.url})" if method.url else method.title,
         models=shorts,
         hub_names=hub,
         base=None if plan.base is None else shorts[plan.base],
