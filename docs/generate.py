@@ -43,7 +43,11 @@ def options_page() -> str:
     for option in OPTIONS:
         flag = ", ".join(f"`{f.split('/')[0]}`" for f in option.flags)
         note = f" *Accepted, changes nothing: {option.unused}.*" if option.unused else ""
-        default = {True: "on", False: "off", None: ""}.get(option.default, option.default)
+        default = option.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif default is None:
+            default = ""
         parts.append(f"| {flag} | {default} | {option.help}{note} |")
     parts.append("\n`--no-...` switches an option off. `--dry-run` prints the plan and writes nothing.")
     return "\n".join(parts) + "\n"

@@ -51,12 +51,15 @@ def plan(
     ``recipe`` is a path to YAML, a mapping, or a ``MergeConfiguration``. Models on the hub are planned from their
     headers, unless ``fetch``. Raises a MergekitError for everything that can be refused.
     """
-    from mergekit.planning import PlanOptions, build_plan
+    from mergekit.planning import PlanOptions, build_plan, has_remote_models
     from mergekit.recipe import load_recipe
 
     options = options or RunOptions()
+    checked = load_recipe(recipe)
+    if fetch and has_remote_models(checked):
+        plan(recipe, options)  # refuse what headers tell before anything large is downloaded
     return build_plan(
-        load_recipe(recipe),
+        checked,
         PlanOptions(
             shard_size=options.shard_size,
             allow_crimes=options.allow_crimes,
@@ -204,6 +207,6 @@ def _check_space(plan: Plan, folder: Path) -> None:
     free = shutil.disk_usage(place).free + staged
     if plan.bytes_written > free:
         raise DiskSpaceError(
-            f"the output needs {plan.bytes_written / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free; "
+            f"the output needs {plan.bytes_written:,} bytes, but {place} has {free:,} free; "
             f"free some space or choose another disk"
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +17,7 @@ from unittest.mock import patch
 from mergekit.cli import boundary
 from mergekit.errors import MergekitError
 
-__all__ = ["Result", "assert_refused", "mergekit", "mergekit_yaml", "refusal"]
+__all__ = ["Result", "assert_refused", "mergekit", "mergekit_yaml", "refusal", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,22 @@ class Result:
 
 def _run(command: Any, program: str, args: tuple[str | Path, ...]) -> Result:
     out, err, code, started = io.StringIO(), io.StringIO(), 0, time.process_time()
-    with patch.object(sys, "argv", [program, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+    argv = patch.object(sys, "argv", [program, *map(str, args)])
+    no_wait = patch.object(os, "fsync", lambda descriptor: None)  # hundreds of tiny merges would wait for the disk
+    with argv, no_wait, redirect_stdout(out), redirect_stderr(err):
         try:
             boundary.run(command, program)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return Result(code, out.getvalue(), err.getvalue(), time.process_time() - started)
+
+
+@cache
+def warm_up() -> None:
+    """Compile the kernels, once in a test run, where they are not: commands are then as fast as users know them."""
+    from mergekit.kernels import warmup
+
+    warmup.warm_up()
 
 
 def mergekit(*args: str | Path) -> Result:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from command import assert_refused, mergekit, mergekit_yaml, refusal
+from command import assert_refused, mergekit, mergekit_yaml, refusal, warm_up
 from files import LAYERS, llama, read_safetensors, to_float, write_model, write_recipe
 from mergekit.recipe import load_recipe
 
@@ -40,8 +40,6 @@ slices:
 @pytest.fixture(autouse=True)
 def _folders(tmp_path, monkeypatch):
     """Work in a folder with two small models, ``a`` and ``b``."""
-    from mergekit.kernels.warmup import warm_up
-
     warm_up()
     monkeypatch.chdir(tmp_path)
     write_model(Path("a"), 1)

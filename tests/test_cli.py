@@ -21,7 +21,7 @@ import click
 import pytest
 
 import mergekit as package
-from command import Result, assert_refused, mergekit, mergekit_yaml
+from command import Result, assert_refused, mergekit, mergekit_yaml, warm_up
 from files import LAYERS, llama, read_model, write_model, write_recipe
 from mergekit.cli.boundary import plain
 from mergekit.cli.main import _COMMANDS
@@ -53,8 +53,6 @@ dtype: float16
 @pytest.fixture(autouse=True)
 def _folders(tmp_path, monkeypatch):
     """Work in a folder with three small models, on a terminal of 80 columns."""
-    from mergekit.kernels.warmup import warm_up
-
     warm_up()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")

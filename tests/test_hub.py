@@ -71,14 +71,15 @@ class Client:
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         self.home, self.errors = home, home / "stderr"
         home.mkdir(parents=True)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT],
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors.open("w"),
-            text=True,
-        )
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", CLIENT],
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
 
     def ask(self, do: str, path: str = REPO, **more: Any) -> Any:
         """The result of a call; raises ClientError where the client raised one of our errors."""

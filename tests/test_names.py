@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from mergekit.errors import IncompatibleError
 from mergekit.families.align import align
 from tiny import (
     FAMILIES,
+    average,
     edited,
+    is_shared,
     load_checked,
     merge,
     names_of,
@@ -25,22 +26,7 @@ from tiny import (
 )
 
 Tiny = Callable[..., Path]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def average(*models: Path, base: Path | None = None) -> dict[str, Any]:
-    """A plain average; ``base`` gives config and names without being counted twice."""
-    record: dict[str, Any] = {
-        "merge_method": "linear",
-        "models": [{"model": str(model)} for model in models],
-        "parameters": {"weight": 1},
-    }
-    return record if base is None else {**record, "base_model": str(base)}
-
-
-def is_shared(model: Any) -> bool:
-    """Whether a loaded model computes its logits with its embeddings."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+HEAD = "lm_head.weight"
 
 
 def without_prefix(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,11 @@ def load_checked(folder: Path, auto_class: str = "AutoModelForCausalLM") -> Any:
     return model.eval()
 
 
+def is_shared(model: Any) -> bool:
+    """Whether a loaded model computes its logits with its embeddings."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @torch.no_grad()
 def outputs_of(model: Any, reads: str = "text") -> torch.Tensor:
     """The logits (of a bare model: the hidden states) for a fixed input of ten tokens."""
@@ -299,7 +304,7 @@ def edited(
     *,
     add: Mapping[str, torch.Tensor] | None = None,
     drop: Iterable[str] = (),
-    rename: Any = None,
+    rename: Callable[[str], str] | None = None,
     config: Mapping[str, Any] | None = None,
     without: Iterable[str] = (),
 ) -> Path:
@@ -328,6 +333,12 @@ def recipe_for(method: str, models: Sequence[Path]) -> dict[str, Any]:
     if declared.base == "required":
         record["base_model"] = paths.pop(0)
     return {**record, "models": [{"model": path} for path in paths]}
+
+
+def average(*models: Path) -> dict[str, Any]:
+    """A recipe for the plain average of whole models."""
+    entries = [{"model": str(model)} for model in models]
+    return {"merge_method": "linear", "models": entries, "parameters": {"weight": 1}}
 
 
 def merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> Plan:

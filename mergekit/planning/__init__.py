@@ -5,6 +5,7 @@ node to ``plan``, let ``express`` make it, and give ``execute`` a way to follow 
 """
 
 from mergekit.planning.build import PlanOptions, build_plan
+from mergekit.planning.models import has_remote_models
 from mergekit.planning.plan import Plan
 
-__all__ = ["Plan", "PlanOptions", "build_plan"]
+__all__ = ["Plan", "PlanOptions", "build_plan", "has_remote_models"]

@@ -45,6 +45,7 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     warnings += _vocabulary_words(recipe, models)
     slots = find_slots(recipe, models)
     expresser = Expresser(recipe, models, options.unsafe_truncate_embeddings)
+    _check_relatives(models, slots)
     made = [tensor for slot in slots.slots if (tensor := expresser.make(slot)) is not None]
     if not made:
         raise IncompatibleError("the recipe selects no tensor at all")
@@ -104,6 +105,17 @@ def _vocabulary_words(recipe: Recipe, models: Models) -> list[str]:
             f"{models[models.donor].reference.short}'s template is kept"
         )
     return warnings
+
+
+def _check_relatives(models: Models, slots: Slots) -> None:
+    """Refuse a model that shares no tensor with the donor, though it takes part in the merge."""
+    asked = {c.model for slot in slots.slots for c in slot.contributions}
+    found = {c.model for slot in slots.slots for c in slot.contributions if c.info is not None}
+    for position in sorted(asked - found):
+        raise IncompatibleError(
+            f"{models[position].reference} has none of the tensors of {models[models.donor].reference}; "
+            f"merge models of one architecture"
+        )
 
 
 def _check_tokenizer_fits(recipe: Recipe, models: Models, expresser: Expresser, options: PlanOptions) -> None:

@@ -184,10 +184,22 @@ class Expresser:
             )
             raise self.recipe.fault(
                 f"'{self.recipe.method.name}' needs '{error.name}'{whose} (tensor {slot.name}); give it {where}",
-                *slot.path,
+                *self._place(slot, None if error.index is None else present[order[error.index]]),
             ) from None
         except ParameterError as error:
             raise self.recipe.fault(f"{error} (tensor {slot.name})", *slot.path) from None
+
+    def _place(self, slot: Slot, contribution: Contribution | None) -> tuple[str | int, ...]:
+        """The path in the recipe of the entry that a contribution comes from; the slot's own where it has none."""
+        if contribution is None:
+            return slot.path
+        path = slot.path if slot.path[-1] == "models" else (*slot.path, "sources")
+        entries: Any = self.recipe.config.model_dump()
+        for step in path:
+            entries = entries[step]
+        reference = self.models[contribution.model].reference
+        found = [i for i, entry in enumerate(entries) if ModelReference.model_validate(entry["model"]) == reference]
+        return (*path, found[0]) if found else slot.path
 
     def _simplify(self, slot: Slot, apply: Apply, parameters: dict[str, Any], dtype: DType) -> Expression:
         """Call the method where it needs no data: faults show now, and a plain copy is planned as one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 from mergekit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergekit.checkpoint.quantized import scale_of, scale_target
-from mergekit.errors import IncompatibleError, ModelNotFoundError, RecipeError
+from mergekit.errors import HubError, IncompatibleError, ModelNotFoundError, RecipeError
 from mergekit.families.config import is_tied
 from mergekit.families.layout import Layout, infer_layout, is_embedding, is_head
 from mergekit.recipe import Recipe
@@ -76,20 +77,32 @@ def open_models(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = 
             )
         try:
             checkpoint = _open(reference, cache_dir, quiet, fetch)
-        except ModelNotFoundError as error:
+        except (ModelNotFoundError, HubError) as error:
             place = recipe.text.place(_path_of(recipe, reference))
-            raise ModelNotFoundError(f"{place}: {error}") from None
+            here = "" if is_folder(reference) else f"there is no folder '{reference.model.path}' here, and "
+            raise type(error)(f"{place}: {here}{error}") from None
         models.append(_model(reference, checkpoint))
     base = None if recipe.config.base_model is None else references.index(recipe.config.base_model)
     return Models(tuple(models), base, base if base is not None else 0)
 
 
+def has_remote_models(recipe: Recipe) -> bool:
+    """Whether any model of the recipe has to come from the hub."""
+    return not all(is_folder(reference) for reference in recipe.config.referenced_models())
+
+
+def is_folder(reference: ModelReference) -> bool:
+    """Whether a reference is to a folder: it exists, or its path has a form that no hub name has."""
+    from mergekit.hub import is_local
+
+    return os.path.isdir(os.path.expanduser(reference.model.path)) or is_local(reference.model)
+
+
 def _open(reference: ModelReference, cache_dir: Path | None, quiet: bool, fetch: bool) -> Checkpoint:
     from mergekit import hub
 
-    folder = Path(reference.model.path).expanduser()
-    if folder.is_dir() or hub.is_local(reference.model):
-        return open_checkpoint(folder)
+    if is_folder(reference):
+        return open_checkpoint(Path(os.path.expanduser(reference.model.path)))
     repository = None if fetch or hub.is_offline() else hub.open_repository(reference.model, cache_dir=cache_dir)
     sizes = {f.name: f.size for f in repository.files} if repository else {}
     if repository is None or not any(name.endswith(".safetensors") for name in sizes):
