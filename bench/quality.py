@@ -47,7 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "slerp, code and calc": pair("code", "calc"),
     "slerp, prose and calc": pair("prose", "calc"),
     "task_arithmetic, weight 0.5": with_base("task_arithmetic", weight=0.5),
-    "task_arithmetic, weight 0.8": with_base("task_arithmetic", weight=0.8),
+    "task_arithmetic, weight 1": with_base("task_arithmetic", weight=1),
     "ties, density 0.5": with_base("ties", weight=1, density=0.5),
     "ties, density 0.2": with_base("ties", weight=1, density=0.2),
     "dare_ties, density 0.5, weight 0.5": with_base("dare_ties", weight=0.5, density=0.5),
