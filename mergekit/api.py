@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit.errors import DiskSpaceError, UsageError
+from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
 
 if TYPE_CHECKING:
     from mergekit.planning import Plan
     from mergekit.recipe import MergeConfiguration
 
 __all__ = ["RunOptions", "check_writable", "memory", "plan", "run_merge", "run_plan"]
+
+
+_LOG = logging.getLogger("mergekit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,17 @@ class RunOptions:
     unsafe_truncate_embeddings: bool = False
     cache_dir: Path | None = None
     quiet: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that can't be meant."""
+        for name, least in (("shard_size", 0), ("threads", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not least <= value < 1 << 63):
+                raise UsageError(f"{name}={value!r}: expected a whole number of at least {least}")
+
+
+def _log_compile(forms: list[str]) -> None:
+    _LOG.warning("compiling kernels for this machine (%s)", ", ".join(forms))
 
 
 def plan(
@@ -87,16 +102,24 @@ def run_merge(
     """Merge ``recipe`` into the folder ``out`` and return its path.
 
     ``changes`` are fields of RunOptions: ``run_merge("r.yml", "out", threads=4)``. ``on_plan`` sees the plan before
-    anything is written; ``advance`` is told of finished bytes. A run that was interrupted continues where it stopped
-    when called again. Raises a MergekitError, and leaves nothing that looks like a model, if the merge can't be done.
+    anything is written; ``advance`` is told of finished bytes. Warnings and notes go to the logger ``mergekit``.
+    A run that was interrupted continues where it stopped when called again. Raises a MergekitError, and leaves
+    nothing that looks like a model, if the merge can't be done.
     """
     options = replace(options or RunOptions(), **changes)
+    if not str(out):
+        raise UsageError("the output folder has no name")
     folder = Path(out)
     check_writable(folder, options)
     made = plan(recipe, options, fetch=True)
     if on_plan:
         on_plan(made)
-    run_plan(made, folder, options, advance=advance)
+    for text in (
+        *made.warnings,
+        *made.notes,
+        *run_plan(made, folder, options, on_compile=_log_compile, advance=advance),
+    ):
+        _LOG.warning("%s", text)
     return folder
 
 
@@ -118,6 +141,8 @@ def run_plan(
     options = options or RunOptions()
     _check_places(plan, folder)
     _check_space(plan, folder)
+    documents = _documents(plan, folder, options)
+    _check_targets(folder, [*(shard.name for shard in plan.shards), *(name for name, _ in documents)])
     kernels = _kernels(plan, on_compile)
     with Staging(folder, plan, overwrite=options.overwrite, restart=options.restart) as staging:
         remaining = staging.remaining()
@@ -131,7 +156,8 @@ def run_plan(
             threads=options.threads if plan.device == "cpu" else 1,
             advance=advance or (lambda nbytes: None),
         )
-        staging.publish(_documents(plan, folder, options))
+        _check_inputs(plan)
+        staging.publish(documents)
         return staging.notes
 
 
@@ -181,12 +207,12 @@ def _documents(plan: Plan, folder: Path, options: RunOptions) -> list[tuple[str,
 
 def check_writable(folder: Path, options: RunOptions) -> None:
     """Refuse an output folder that holds a model already, before anything is opened or downloaded."""
-    from mergekit.output import STAGING, holds_weights
+    from mergekit.output import STAGING, holds_weights, was_publishing
 
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give a folder for the output")
     present = holds_weights(folder)
-    if present and not options.overwrite and not (folder / STAGING).exists():
+    if present and not options.overwrite and not was_publishing(folder / STAGING / "journal"):
         raise UsageError(f"{folder} already holds weights ({present[0]}); choose another folder, or pass --overwrite")
 
 
@@ -194,6 +220,23 @@ def _check_places(plan: Plan, folder: Path) -> None:
     for source in plan.sources:
         if folder.exists() and Path(source.folder).exists() and folder.samefile(source.folder):
             raise UsageError(f"{folder} is also an input ({source.reference}); choose another folder for the output")
+
+
+def _check_targets(folder: Path, names: list[str]) -> None:
+    """Refuse an output folder where something that is no file stands in the way of a file."""
+    for name in names:
+        if (folder / name).is_dir():
+            raise UsageError(f"{folder / name} is a folder, and a file of that name has to be written; move it away")
+
+
+def _check_inputs(plan: Plan) -> None:
+    """Refuse to publish if a weight file is not the one that was planned with."""
+    for source in plan.sources:
+        for file in source.files:
+            path = Path(source.folder) / file.name
+            status = path.stat() if path.exists() else None
+            if status is None or (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
+                raise InputChangedError(f"{path} changed while it was being merged; run the command again")
 
 
 def _check_space(plan: Plan, folder: Path) -> None:

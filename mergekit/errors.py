@@ -11,6 +11,7 @@
     |-- RunError                the merge itself can't go on              exit code 1
         |-- DiskSpaceError      the output would not fit                  exit code 1
         |-- NonFiniteError      a computed tensor holds NaN or infinity   exit code 1
+        |-- InputChangedError   an input file changed during the merge    exit code 1
         |-- ResumeError         partial work of something else is there   exit code 1
 
 Low levels raise facts (tensor, file); the command line prints ``str(error)`` and exits with ``exit_code``.
@@ -26,6 +27,7 @@ __all__ = [
     "DiskSpaceError",
     "HubError",
     "IncompatibleError",
+    "InputChangedError",
     "MergekitError",
     "ModelNotFoundError",
     "NonFiniteError",
@@ -92,6 +94,10 @@ class DiskSpaceError(RunError):
 
 class NonFiniteError(RunError):
     """A computed tensor holds NaN or infinity."""
+
+
+class InputChangedError(RunError):
+    """An input file changed while it was being merged."""
 
 
 class ResumeError(RunError):

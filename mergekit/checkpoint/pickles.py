@@ -48,6 +48,9 @@ def _load_state(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Any], boo
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
+    for name, value in content.items():
+        if isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values()):
+            raise CheckpointError(f"{path}: tensors are nested under '{name!s:.80}'; save one flat state_dict instead")
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or CONTROL.search(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,10 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def say(text: str = "") -> None:
     """Print lines for people on stderr; results go to stdout. Names from files can't reach the terminal's controls."""
-    print(plain(text), file=sys.stderr, flush=True)
+    try:
+        print(plain(text), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass  # nobody listens; a remark that can't be made is no reason to fail
 
 
 def plain(text: str) -> str:
@@ -33,13 +37,14 @@ def plain(text: str) -> str:
 def run(command: Callable[..., Any], name: str) -> None:
     """Run a click command as program ``name``. 0: done; 1: input or machine; 2: recipe or usage; 130: interrupted."""
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         command.main(prog_name=name, standalone_mode=False)  # type: ignore[attr-defined]
     except MergekitError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _TerminatedError) as error:
         say("interrupted; the same command continues where this one stopped")
-        sys.exit(130)
+        sys.exit(143 if isinstance(error, _TerminatedError) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -51,6 +56,15 @@ def run(command: Callable[..., Any], name: str) -> None:
         sys.exit(1)
     except Exception as error:
         sys.exit(_other(error))
+
+
+class _TerminatedError(BaseException):
+    """The process was asked to end."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    """What schedulers and containers send: stop as for an interrupt, keeping what is finished."""
+    raise _TerminatedError
 
 
 def _other(error: Exception) -> int:

@@ -12,7 +12,7 @@ __all__ = ["progress"]
 @contextmanager
 def progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A function to call with each number of bytes that is done, while the bar is on the screen."""
-    if not shown or not sys.stderr.isatty():
+    if not shown or sys.stderr is None or not sys.stderr.isatty():
         yield lambda nbytes: None
         return
     from rich.console import Console

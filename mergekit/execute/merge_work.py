@@ -73,7 +73,7 @@ class SpanWork(FloatWork):
 
     def reduce(self, phase: int) -> None:
         if phase < self.phases - 1:
-            upper = np.zeros_like(self._grams[0])
+            upper = np.zeros(self._grams.shape[1:])
             for partial in self._grams:
                 upper += partial
             gram = np.triu(upper) + np.triu(upper, 1).T

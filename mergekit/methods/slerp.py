@@ -28,7 +28,7 @@ def slerp(gram: np.ndarray, *, t: float) -> np.ndarray:
 
     With theta the angle between the tensors taken as vectors, the coefficients are
     sin((1-t) theta)/sin(theta) for the base and sin(t theta)/sin(theta) for the other model. Vectors that are nearly
-    parallel or antiparallel (|cos| > 0.9995) or shorter than 1e-8 are interpolated linearly.
+    parallel or antiparallel (|cos| > 0.9995) are interpolated linearly; one shorter than 1e-8 counts as orthogonal.
 
     >>> slerp(np.eye(2), t=0.5).round(4)
     array([0.7071, 0.7071])

@@ -160,7 +160,7 @@ class Method:
 
     ``base``: ``required`` (given to the function as the first input) or ``ignored`` (an ordinary input).
     ``least`` and ``most`` bound the number of inputs, base included. ``lone``: what to do with a tensor that only
-    one input has: ``pass`` it through or call it an ``error``.
+    one input has: ``pass`` it through as it is, or ``merge`` it like any other.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Method:
     base: Literal["required", "ignored"]
     least: int
     most: int | None
-    lone: Literal["pass", "error"]
+    lone: Literal["pass", "merge"]
     paper: str | None
     url: str | None
     params: tuple[Parameter, ...]
@@ -199,7 +199,7 @@ def method(
     paper: str | None,
     url: str | None,
     params: list[Parameter],
-    lone: Literal["pass", "error"] = "error",
+    lone: Literal["pass", "merge"] = "merge",
 ) -> Callable[[F], F]:
     """Register the decorated function as merge method ``name``; the function itself stays as it is.
 

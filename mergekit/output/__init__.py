@@ -5,6 +5,7 @@ Here: writing. Not here: computing, or deciding what to write (``planning`` does
 """
 
 from mergekit.output.card import model_card
+from mergekit.output.journal import was_publishing
 from mergekit.output.staging import STAGING, Staging, holds_weights
 
-__all__ = ["STAGING", "Staging", "holds_weights", "model_card"]
+__all__ = ["STAGING", "Staging", "holds_weights", "model_card", "was_publishing"]

@@ -19,7 +19,7 @@ from mergekit.checkpoint.positional import read_at
 from mergekit.errors import ResumeError
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "was_publishing"]
 
 _CHUNK = 1 << 22
 
@@ -64,6 +64,10 @@ class Journal:
         if batch:
             self._write([{"tensor": output.name, "checksum": checksum} for output, checksum in batch])
 
+    def begin_publishing(self) -> None:
+        """Record that files of the result are about to appear in the output folder."""
+        self._write([{"publishing": True}])
+
     def close(self) -> None:
         """Close the file."""
         if self._descriptor is not None:
@@ -72,8 +76,15 @@ class Journal:
 
     def _write(self, records: Sequence[Mapping[str, object]]) -> None:
         assert self._descriptor is not None
-        os.write(self._descriptor, b"".join(_line(record) for record in records))
+        raw = b"".join(_line(record) for record in records)
+        while raw:
+            raw = raw[os.write(self._descriptor, raw) :]
         os.fsync(self._descriptor)
+
+
+def was_publishing(path: Path) -> bool:
+    """Whether the run that wrote the journal at ``path`` had begun to publish its result."""
+    return any("publishing" in record for record in _read(path))
 
 
 def _line(record: Mapping[str, object]) -> bytes:

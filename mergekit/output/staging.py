@@ -18,7 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from mergekit.checkpoint.positional import write_at
-from mergekit.errors import DiskSpaceError, IncompatibleError, NonFiniteError, RunError, UsageError
+from mergekit.errors import (
+    DiskSpaceError,
+    IncompatibleError,
+    InputChangedError,
+    NonFiniteError,
+    RunError,
+    UsageError,
+)
 from mergekit.output.journal import Journal
 from mergekit.planning.plan import OutputTensor, Plan
 
@@ -58,6 +65,8 @@ class Staging:
         _make_folder(self.out)
         self._take_lock()
         try:
+            if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+                raise UsageError(f"{self.folder} is not a folder of ours; remove it")
             if self._restart and self.folder.exists():
                 shutil.rmtree(self.folder)
             _make_folder(self.folder)
@@ -77,7 +86,7 @@ class Staging:
         """Commit what is finished and close everything; the staging folder stays if another run can use it."""
         self._stop_committer()
         try:
-            if kind is not None and issubclass(kind, IncompatibleError | NonFiniteError):
+            if kind is not None and issubclass(kind, IncompatibleError | NonFiniteError | InputChangedError):
                 self._discard()
             elif kind is not None and self.folder.exists():
                 self._commit()
@@ -137,9 +146,9 @@ class Staging:
             if ready:
                 try:
                     self._commit()
-                except OSError as error:
+                except BaseException as error:  # raised again by the next write or by publish
                     with self._wake:
-                        self._fault = _write_fault(error, self.out)
+                        self._fault = _write_fault(error, self.out) if isinstance(error, OSError) else error
                     return
 
     def _commit(self) -> None:
@@ -164,26 +173,37 @@ class Staging:
         """Make the result visible: shards, then the small ``documents`` in the given order; then remove the staging.
 
         Each document is (name, text) or (name, path of a file to copy). Whatever is last (config.json) makes the
-        folder a model. Files of a model that stood here before are removed first (only with ``overwrite``).
+        folder a model. Files of a model that stood here before are removed first, its config.json before all others.
         """
         self._stop_committer()
+        if self._fault is not None:
+            raise self._fault
         try:
             for descriptor in self._files.values():
                 os.fsync(descriptor)
+            self._commit()
             self._close_files()
             for name, content in documents:
                 _write_document(self.folder / name, content)
-            if self._overwrite:
-                _remove_old_model(self.out)
+            replaced = [name for name, _ in documents if (self.out / name).exists()]
+            if replaced and not self._overwrite:
+                self.notes.append(f"replaced what {self.out} held as {', '.join(replaced)}")
+            # From here on the folder may hold parts of this result: the next run may replace them unasked.
+            self.journal.begin_publishing()
+            _remove_old_model(self.out)
             for shard in self._plan.shards:
                 os.replace(self.folder / shard.name, self.out / shard.name)
             for name, _ in documents:
+                if name == documents[-1][0]:
+                    _sync_folder(self.out)  # what makes the folder a model comes after all else, power cuts included
                 os.replace(self.folder / name, self.out / name)
             _sync_folder(self.out)
-            self.journal.close()
-            shutil.rmtree(self.folder)
         except OSError as error:
             raise _write_fault(error, self.out) from None
+        self.journal.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            self.notes.append(f"{self.folder} could not be removed; the model is complete, remove it by hand")
 
     # Files
 

@@ -12,7 +12,8 @@ from mergekit.planning.models import Model, Models
 
 __all__ = ["disagreements", "same_tokenizer"]
 
-_MISSING = object()
+_ABSENCE_COUNTS = ("rope scaling", "sliding window", "chat template")
+"""Facts where saying nothing says something: plain rope, no window, no template."""
 
 
 def disagreements(models: Models) -> list[str]:
@@ -26,7 +27,8 @@ def disagreements(models: Models) -> list[str]:
         theirs = _facts(model)
         for fact, value in mine.items():
             other = theirs.get(fact)
-            if value is not None and other is not None and value != other:
+            is_known = value is not None and other is not None
+            if value != other and (is_known or fact in _ABSENCE_COUNTS):
                 found.append(
                     f"{fact} differs: {donor.reference.short} has {_show(value)}, {model.reference.short} has "
                     f"{_show(other)}; {donor.reference.short}'s is taken"
@@ -35,6 +37,8 @@ def disagreements(models: Models) -> list[str]:
 
 
 def _show(value: Any) -> str:
+    if value is None:
+        return "none"
     text = json.dumps(value, sort_keys=True, default=str) if not isinstance(value, str) else value
     return text if len(text) <= 60 else text[:57] + "..."
 

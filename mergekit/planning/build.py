@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mergekit.checkpoint import read_json
 from mergekit.dtypes import recipe_dtype
-from mergekit.errors import IncompatibleError
+from mergekit.errors import IncompatibleError, nearest
 from mergekit.planning.agree import disagreements, same_tokenizer
 from mergekit.planning.document import files_to_copy, make_config
 from mergekit.planning.express import Expresser
@@ -93,7 +93,15 @@ def _vocabulary_words(recipe: Recipe, models: Models) -> list[str]:
     """Vocabulary words of the recipe: honoured where they ask for nothing, else refused or listed."""
     config, warnings = recipe.config, []
     word = "tokenizer_source" if config.tokenizer_source is not None else "tokenizer"
-    if getattr(config, word) is not None and not same_tokenizer(models):
+    asked = getattr(config, word)
+    if config.tokenizer is not None and (config.tokenizer.tokens or config.tokenizer.pad_to_multiple_of):
+        part = "tokens" if config.tokenizer.tokens else "pad_to_multiple_of"
+        raise recipe.fault(f"'{part}' is not built yet; remove it to keep the base model's vocabulary", word, part)
+    source = config.tokenizer.source if config.tokenizer is not None else asked
+    known = ["base", "union", *(str(model.reference) for model in models.models)]
+    if isinstance(source, str) and source.removeprefix("model:") not in known:
+        raise recipe.fault(f"'{source}' is not a tokenizer source. {nearest(source, known)}", word)
+    if asked is not None and not same_tokenizer(models):
         raise recipe.fault(
             "these models have different tokenizers, and merging vocabularies is not built yet; "
             f"remove '{word}' to keep the base model's tokenizer",

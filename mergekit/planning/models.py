@@ -69,6 +69,7 @@ def open_models(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = 
     """Open every model that ``recipe`` mentions. With ``fetch=False`` hub weights are planned from their headers."""
     references = recipe.config.referenced_models()
     models = []
+    folders: dict[Path, ModelReference] = {}
     for reference in references:
         if reference.lora is not None:
             raise RecipeError(
@@ -81,6 +82,13 @@ def open_models(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = 
             place = recipe.text.place(_path_of(recipe, reference))
             here = "" if is_folder(reference) else f"there is no folder '{reference.model.path}' here, and "
             raise type(error)(f"{place}: {here}{error}") from None
+        folder = checkpoint.folder.resolve()
+        twin = folders.setdefault(folder, reference)
+        if twin.model.path != reference.model.path and is_folder(reference):
+            raise RecipeError(
+                f"'{reference}' and '{twin}' are the same folder; write it the same way everywhere",
+                place=recipe.text.place(_path_of(recipe, reference)),
+            )
         models.append(_model(reference, checkpoint))
     base = None if recipe.config.base_model is None else references.index(recipe.config.base_model)
     return Models(tuple(models), base, base if base is not None else 0)
@@ -120,7 +128,8 @@ def _model(reference: ModelReference, checkpoint: Checkpoint) -> Model:
         config["architectures"] = [reference.override_architecture]
     scales = {n for n in checkpoint.tensors if (w := scale_target(n)) and w in checkpoint.tensors}
     scales = {n for n in scales if checkpoint.tensors[scale_target(n) or n].dtype.kind == "fp8"}
-    activations = {n for n in checkpoint.tensors if n.endswith(".input_scale")}
+    quantised = {n.removesuffix("weight") for n, i in checkpoint.tensors.items() if i.dtype.kind == "fp8"}
+    activations = {n for n in checkpoint.tensors if n.removesuffix("input_scale") in quantised}
     tensors = {n: i for n, i in checkpoint.tensors.items() if n not in scales and n not in activations}
     return Model(reference, checkpoint, config, tensors, infer_layout(tensors, config))
 

@@ -171,7 +171,7 @@ class Plan:
             "mergekit's version": self.version,
             "the device": self.device,
             "the input files": json.dumps(sources),
-            "the recipe or its options": json.dumps([work, self.seed, self.config]),
+            "the recipe or its options": json.dumps([work, self.seed, self.config, self.allow_nonfinite]),
         }
         return {word: blake2b(text.encode(), digest_size=12).hexdigest() for word, text in parts.items()}
 
