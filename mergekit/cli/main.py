@@ -6,7 +6,7 @@ from importlib import import_module
 
 import click
 
-from mergekit.cli.boundary import run
+from mergekit.cli.boundary import program
 from mergekit.version import __version__
 
 _COMMANDS = {
@@ -45,7 +45,7 @@ def mergekit() -> None:
 
 def main() -> None:
     """Run the program."""
-    run(mergekit, "mergekit")
+    program(mergekit, "mergekit")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import run, say
+from mergekit.cli.boundary import program, say
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.plan import plan_lines, report
 from mergekit.cli.show import size
@@ -72,4 +72,4 @@ def execute(plan: Plan, out: Path, options: Any) -> list[str]:
 
 def main() -> None:
     """The program ``mergekit-yaml``."""
-    run(merge, "mergekit-yaml")
+    program(merge, "mergekit-yaml")
