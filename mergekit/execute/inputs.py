@@ -1,4 +1,4 @@
-"""Read blocks of input tensors: by position from safetensors, through torch from pickles, dequantised from fp8."""
+"""Read blocks of input tensors: by position from safetensors, through torch from pickles, computed from others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from mergekit.checkpoint.positional import read_at
-from mergekit.dtypes import F8_E4M3, F32, DType
+from mergekit.dtypes import DType
 from mergekit.errors import CheckpointError
-from mergekit.planning.plan import Dequantize, Plan, Read, Rows
+from mergekit.planning.plan import Leaf, Plan, Read
 
 __all__ = ["Inputs", "Reader"]
 
@@ -49,12 +49,12 @@ class Inputs:
             os.close(descriptor)
         self._files.clear()
 
-    def reader(self, leaf: Read | Rows | Dequantize) -> Reader:
+    def reader(self, leaf: Leaf) -> Reader:
         """A reader for a leaf of an expression."""
-        if isinstance(leaf, Rows):
-            leaf = leaf.input  # rows are the leading axis: the first rows are the first bytes
-        if isinstance(leaf, Dequantize):
-            return _Fp8Reader(self, leaf)
+        if not isinstance(leaf, Read):
+            from mergekit.execute.derived import derived_reader
+
+            return derived_reader(self, leaf)
         if self._plan.sources[leaf.source].pickled:
             return _PickleReader(self.path(leaf), leaf)
         return _FileReader(self._open(self.path(leaf)), leaf, self.path(leaf))
@@ -107,34 +107,3 @@ class _PickleReader:
     def read(self, start: int, count: int, row: np.ndarray) -> None:
         size = self.dtype.size
         self._tensor.read_into(row[: count * size], start * size)
-
-
-class _Fp8Reader:
-    """Gives float32 values: fp8 numbers times the scale of their block."""
-
-    dtype = F32
-    offset = -1
-
-    def __init__(self, inputs: Inputs, leaf: Dequantize) -> None:
-        from mergekit.kernels import codec
-
-        info, scale = leaf.input.info, leaf.scale.info
-        self._raw = inputs.reader(leaf.input)
-        rows = info.shape[0] if info.shape else 1
-        self._columns = max(info.size // max(rows, 1), 1)
-        self._blocks = (leaf.rows, leaf.columns)
-        is_e4m3 = info.dtype == F8_E4M3
-        self._table = codec.fp8_table(4, 3, has_infinity=False) if is_e4m3 else codec.fp8_table(5, 2, has_infinity=True)
-        raw = np.empty(scale.nbytes, np.uint8)
-        inputs.reader(leaf.scale).read(0, scale.size, raw)
-        values = np.empty(scale.size, np.float32)
-        codec.decode(raw, codec.CODES[scale.dtype], 0, scale.size, values)
-        self._scale = values.reshape(-(-rows // leaf.rows), -(-self._columns // leaf.columns))
-
-    def read(self, start: int, count: int, row: np.ndarray) -> None:
-        from mergekit.kernels import codec
-
-        raw = np.empty(count, np.uint8)
-        self._raw.read(start, count, raw)
-        out = row[: count * 4].view(np.float32)
-        codec.dequantize_fp8(raw, self._table, self._scale, self._columns, *self._blocks, start, count, out)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mergekit.errors import IncompatibleError, NonFiniteError
 from mergekit.execute.inputs import Inputs, Reader
-from mergekit.planning.plan import Cast, Identical, OutputTensor, Read, Rows
+from mergekit.planning.plan import Apply, Cast, Identical, OutputTensor
 
 __all__ = ["Buffers", "Sink", "Work", "split"]
 
@@ -224,12 +224,12 @@ def copy_or_cast(
 ) -> Work | None:  # fmt: skip
     """The work for an expression that is not a merge; None if it is one."""
     expression = output.expression
-    if isinstance(expression, Read | Rows):
-        return CopyWork(output, [inputs.reader(expression)], kernels, sink, block)
+    if isinstance(expression, Apply):
+        return None
     if isinstance(expression, Identical):
         readers = [inputs.reader(read) for read in expression.inputs]
         labels = [names[read.source] for read in expression.inputs]
         return IdenticalWork(labels, output, readers, kernels, sink, block)
     if isinstance(expression, Cast):
         return CastWork(allow_nonfinite, output, [inputs.reader(expression.input)], kernels, sink, block)
-    return None
+    return CopyWork(output, [inputs.reader(expression)], kernels, sink, block)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, OutputTensor, Plan, Rows, leaves
+from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, OutputTensor, Plan, Split, leaves
 
 __all__ = ["Group", "describe", "groups"]
 
@@ -62,7 +62,7 @@ def _action(expression: Expression) -> tuple[str, tuple[int, ...]]:
         return "copy, cast", sources
     if isinstance(expression, Dequantize):
         return "dequantize", sources
-    return ("copy rows" if isinstance(expression, Rows) else "copy"), sources
+    return ("copy rows" if isinstance(expression, Split) else "copy"), sources
 
 
 def span_text(values: Sequence[Any]) -> str:

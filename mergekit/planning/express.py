@@ -15,7 +15,7 @@ from mergekit.families.config import vocab_size
 from mergekit.families.layout import is_embedding, is_head
 from mergekit.methods.spec import ParameterError, Span
 from mergekit.planning.models import Models, scale_of
-from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, Leaf, Read, Rows
+from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, Leaf, Read, Split, stored
 from mergekit.planning.slots import Contribution, Slot
 from mergekit.recipe import Recipe
 from mergekit.recipe.resolve import InputScope, MissingParameterError, resolve_parameters
@@ -149,7 +149,7 @@ class Expresser:
             return leaf
         if not isinstance(leaf, Read):
             raise IncompatibleError(f"cannot cut the fp8 tensor {info.name} to {rows} rows; dequantise the model first")
-        return Rows(leaf, rows)
+        return Split(leaf, 0, rows)
 
     def _has_vocabulary(self, name: str, present: Sequence[Contribution]) -> bool:
         if is_embedding(name) or is_head(name):
@@ -248,7 +248,4 @@ def _filter_name(slot: Slot, contribution: Contribution) -> str:
 
 
 def _cast(leaf: Leaf, dtype: DType) -> Expression:
-    source = leaf.input if isinstance(leaf, Rows) else leaf
-    if isinstance(source, Dequantize):
-        return Cast(leaf)
-    return leaf if source.info.dtype == dtype else Cast(leaf)
+    return leaf if stored(leaf) == dtype else Cast(leaf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,13 +18,18 @@ __all__ = [
     "Dequantize",
     "Expression",
     "Identical",
+    "Leaf",
+    "Noise",
     "OutputTensor",
+    "PermuteScale",
     "Plan",
     "Read",
-    "Rows",
     "Shard",
     "Source",
+    "Split",
     "leaves",
+    "row_size",
+    "stored",
 ]
 
 
@@ -36,10 +42,11 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """The first ``count`` rows (along axis 0) of a tensor."""
+class Split:
+    """The rows ``start .. start + count`` (along axis 0): a part of a fused matrix, or embeddings cut short."""
 
-    input: Read
+    input: Leaf
+    start: int
     count: int
 
 
@@ -53,7 +60,29 @@ class Dequantize:
     columns: int
 
 
-Leaf = Read | Rows | Dequantize
+@dataclass(frozen=True, slots=True)
+class PermuteScale:
+    """Rows rearranged inside each run of ``len(order)`` rows: row i is the run's row ``order[i]`` times ``factors[i]``.
+
+    float32. A run is an attention head, where the slots of its rotary dimensions are renumbered.
+    """
+
+    input: Leaf
+    order: tuple[int, ...]
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """A tensor plus ``scale`` times a standard normal number for each element; float32. ``key``: the random stream."""
+
+    input: Leaf
+    scale: float
+    key: tuple[int, int]
+
+
+Leaf = Read | Split | Dequantize | PermuteScale | Noise
+"""What gives the elements of one tensor. Leaves may be nested; all but ``Read`` and ``Split`` give float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +132,18 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input model: the reference as written, its folder, and the state of its weight files."""
+    """One input: the reference as written, its folder, and the state of its weight files.
+
+    ``prepared``: not a model but an artefact that the run itself makes first, in the staging folder; its reference
+    holds a digest of everything that it is made from.
+    """
 
     reference: str
     short: str
     folder: str
     files: tuple[FileIdentity, ...]
     pickled: bool = False
+    prepared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +218,23 @@ def leaves(expression: Expression) -> Iterator[Read]:
     """Every tensor that an expression reads."""
     if isinstance(expression, Read):
         yield expression
-    elif isinstance(expression, Rows | Cast):
-        yield from leaves(expression.input)
-    elif isinstance(expression, Dequantize):
-        yield expression.input
-        yield expression.scale
-    else:
+    elif isinstance(expression, Identical | Apply):
         for part in expression.inputs:
             yield from leaves(part)
+    else:
+        yield from leaves(expression.input)
+        if isinstance(expression, Dequantize):
+            yield expression.scale
+
+
+def stored(leaf: Leaf) -> DType | None:
+    """The element type of a leaf whose bytes are those of a file; None for one that is computed, in float32."""
+    while isinstance(leaf, Split):
+        leaf = leaf.input
+    return leaf.info.dtype if isinstance(leaf, Read) else None
+
+
+def row_size(leaf: Leaf) -> int:
+    """Elements of one row of a leaf: no node changes it."""
+    info = next(leaves(leaf)).info
+    return math.prod(info.shape[1:])
