@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mergekit.errors import RecipeError, UsageError, nearest
 from mergekit.methods import Method, get_method, method_names
 from mergekit.methods.spec import ParameterError
 from mergekit.recipe.schema import MergeConfiguration
-from mergekit.recipe.text import RecipeText, read_recipe_text
+from mergekit.recipe.text import RecipeText, text_of
+from mergekit.recipe.validate import validate
 from mergekit.refs import ModelReference
 
 __all__ = ["ParameterScope", "Recipe", "load_recipe"]
@@ -59,8 +58,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | MergeConfiguration) -> 
         text = RecipeText("recipe", source.to_yaml(), source.model_dump(mode="json", exclude_defaults=True), None)
         config = source
     else:
-        text = _from_mapping(source) if isinstance(source, Mapping) else read_recipe_text(Path(source))
-        config = _validate(text)
+        text = text_of(source)
+        config = validate(text, MergeConfiguration)
     try:
         method = get_method(config.merge_method)
     except UsageError as error:
@@ -85,98 +84,6 @@ def _gathered(remarks: list[Remark]) -> tuple[str, ...]:
         places.setdefault(text, []).append(place)
     more = {text: f" (and at {len(found) - 1} more places)" if len(found) > 1 else "" for text, found in places.items()}
     return tuple(f"{found[0]}: {text}{more[text]}" for text, found in places.items())
-
-
-def _from_mapping(source: Mapping[str, Any]) -> RecipeText:
-    from mergekit.recipe.text import dump_yaml
-
-    value = dict(source)
-    try:
-        return RecipeText("recipe", dump_yaml(value), value, None)
-    except Exception as error:  # yaml refuses objects it has no form for
-        raise RecipeError(f"the recipe holds something that YAML can't: {error}", place="recipe") from None
-
-
-def _validate(text: RecipeText) -> MergeConfiguration:
-    try:
-        return MergeConfiguration.model_validate(text.value)
-    except ValidationError as error:
-        faults = error.errors()
-        # A misspelt key is both unknown and missing: the unknown one says more.
-        first = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-        path = tuple(step for step in first["loc"] if not (isinstance(step, str) and step.startswith("function-")))
-        path += first.get("ctx", {}).get("path", ())
-        raise RecipeError(_explain(first, path), place=text.place(path)) from None
-    except RecursionError:
-        raise RecipeError("nested too deeply", place=text.name) from None
-
-
-_EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "finite_number": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "list_type": "a list",
-    "tuple_type": "two numbers, [first, one past the last]",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "too_short": "at least one entry",
-}
-"""What the faults that pydantic finds say about the value that was expected, in words of recipes."""
-
-
-def _explain(fault: Any, path: Path_) -> str:
-    """A pydantic fault in our words."""
-    kind, key = fault["type"], str(path[-1]) if path else ""
-    if kind == "extra_forbidden":
-        return f"there is no '{key}' here. {nearest(key, _keys_at(path[:-1]))}"
-    if kind == "missing" and "layer_range" in path[:-1]:
-        return f"expected {_EXPECTED['tuple_type']}"
-    if kind == "missing":
-        return f"'{key}' is missing"
-    if kind == "setting":
-        return str(fault["ctx"]["text"])
-    if kind == "value_error":
-        return str(fault["ctx"]["error"])
-    where = f"'{key}': " if path and isinstance(path[-1], str) else ""
-    if kind == "too_long" and key == "layer_range":
-        kind = "tuple_type"
-    if kind == "model_type" and isinstance(fault["input"], str) and "models" in path[-2:]:
-        return f"expected a mapping: write 'model: {fault['input']:.60}'"
-    if kind in _EXPECTED:
-        got = "nothing" if fault["input"] is None else f"{fault['input']!r:.60}"
-        return f"{where}expected {_EXPECTED[kind]}, got {got}"
-    return f"{where}{fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r:.60}"
-
-
-def _keys_at(path: Path_) -> list[str]:
-    """The valid keys of the mapping at ``path``, read off the schema."""
-    schema = MergeConfiguration.model_json_schema()
-    node: Any = schema
-    for step in path:
-        node = _resolve(schema, node)
-        node = (
-            node.get("items", {})
-            if isinstance(step, int)
-            else node.get("properties", {}).get(step) or node.get("additionalProperties", {})
-        )
-    return list(_resolve(schema, node).get("properties", {}))
-
-
-def _resolve(schema: Any, node: Any) -> Any:
-    while isinstance(node, dict):
-        if "anyOf" in node:
-            node = next((n for n in node["anyOf"] if n.get("type") != "null"), {})
-        elif "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-        else:
-            return node
-    return {}
 
 
 def parameter_scopes(config: MergeConfiguration) -> Iterator[ParameterScope]:

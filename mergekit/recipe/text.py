@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 
 from mergekit.errors import RecipeError
 
-__all__ = ["ConfigYamlDumper", "RecipeText", "dump_yaml", "read_recipe_text"]
+__all__ = ["ConfigYamlDumper", "RecipeText", "dump_yaml", "read_recipe_text", "text_of"]
 
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_DEPTH = 32
@@ -61,6 +61,22 @@ class RecipeText:
 def _at(name: str, mark: Any) -> str:
     """``file:line:column``, counted from 1."""
     return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+
+
+def text_of(source: str | Path | Mapping[str, Any]) -> RecipeText:
+    """The text of a recipe given as a path to YAML or as a mapping.
+
+    ``name.yaml`` also finds ``name.yml``, and the other way round: manuals mix them up.
+    """
+    if isinstance(source, Mapping):
+        value = dict(source)
+        try:
+            return RecipeText("recipe", dump_yaml(value), value, None)
+        except Exception as error:  # yaml refuses objects it has no form for
+            raise RecipeError(f"the recipe holds something that YAML can't: {error}", place="recipe") from None
+    path = Path(source)
+    twin = path.with_suffix({".yml": ".yaml", ".yaml": ".yml"}.get(path.suffix, path.suffix)) if path.name else path
+    return read_recipe_text(twin if not path.exists() and twin.is_file() else path)
 
 
 def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
