@@ -67,7 +67,7 @@ def execute(plan: Plan, out: Path, options: Any) -> list[str]:
 
     total = sum(output.nbytes for output in plan.outputs)
     with progress(total, shown=not options.quiet) as advance:
-        return api.run_plan(plan, out, options, on_compile=compiling, advance=advance)
+        return api.run_plan(plan, out, options, api.Hooks(on_compile=compiling, advance=advance))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from mergekit.checkpoint import FileIdentity, TensorInfo
@@ -19,6 +20,7 @@ __all__ = [
     "Expression",
     "Identical",
     "Leaf",
+    "Mixture",
     "Noise",
     "OutputTensor",
     "PermuteScale",
@@ -156,10 +158,25 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """What a mixture is made of: its family, the source of each expert, and where routers and shared weights come from.
+
+    ``shared`` is ``base``, ``average`` or the name of a merge method.
+    """
+
+    family: str
+    experts: tuple[int, ...]
+    per_token: int
+    gate_mode: str
+    shared: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that a run will do.
 
-    ``files`` are the small files to copy: (source, name). ``config`` and ``index`` are the JSON texts to write;
+    ``files`` are the small files to copy: (source, name); ``texts`` are written as they are: (name, text).
+    ``config`` and ``index`` are the JSON texts to write, ``recipe`` goes into the file ``recipe_name``;
     ``left_out`` lists input tensors that go nowhere, as (source, tensor, reason). ``device`` is part of the digest
     because accelerators agree with the CPU only within a tolerance.
     """
@@ -179,6 +196,9 @@ class Plan:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     recipe: str
+    recipe_name: str = "mergekit_config.yml"
+    texts: tuple[tuple[str, str], ...] = ()
+    mixture: Mixture | None = None
     device: str = "cpu"
     allow_nonfinite: bool = False
 
@@ -196,6 +216,11 @@ class Plan:
     def parameters(self) -> int:
         """Number of elements of the result."""
         return sum(output.nbytes // output.dtype.size for output in self.outputs)
+
+    def with_prepared(self, folder: Path) -> Plan:
+        """The same plan, its prepared artefacts found in ``folder``."""
+        sources = tuple(dataclasses.replace(s, folder=str(folder)) if s.prepared else s for s in self.sources)
+        return dataclasses.replace(self, sources=sources)
 
     def identity(self) -> dict[str, str]:
         """Digests of the parts that a resumed run must share, by the word used in messages."""

@@ -80,25 +80,27 @@ ReferenceText = Annotated[str, BeforeValidator(_reference_text)]
 TokenizerSource = Annotated[Any, BeforeValidator(_tokenizer_source)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A mapping of a recipe: keys that it does not declare are refused."""
+
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, ser_json_inf_nan="constants")
 
 
-class ConditionalParameter(_Strict):
+class ConditionalParameter(Strict):
     """A value for the tensors whose name contains ``filter`` (all, where there is none)."""
 
     value: Any
     filter: str | None = None
 
 
-class InputModelDefinition(_Strict):
+class InputModelDefinition(Strict):
     """One entry of ``models:``."""
 
     model: Reference
     parameters: Parameters | None = None
 
 
-class InputSliceDefinition(_Strict):
+class InputSliceDefinition(Strict):
     """One source of an output slice: the layers ``layer_range = [start, end)`` of a model."""
 
     model: Reference
@@ -114,7 +116,7 @@ class InputSliceDefinition(_Strict):
         return value
 
 
-class OutputSliceDefinition(_Strict):
+class OutputSliceDefinition(Strict):
     """One entry of ``slices:``: sources of equal length, merged layer by layer."""
 
     sources: list[InputSliceDefinition] = Field(min_length=1)
@@ -123,7 +125,7 @@ class OutputSliceDefinition(_Strict):
     residual_weight: float | None = None
 
 
-class OutputModuleDefinition(_Strict):
+class OutputModuleDefinition(Strict):
     """One entry of ``modules:``: a part of a model with its own slices or models."""
 
     slices: list[OutputSliceDefinition] | None = None
@@ -137,14 +139,14 @@ class OutputModuleDefinition(_Strict):
         return self
 
 
-class TokenEntry(_Strict):
+class TokenEntry(Strict):
     """What one token of the output vocabulary is made of."""
 
     source: Any = None
     force: bool = False
 
 
-class TokenizerConfig(_Strict):
+class TokenizerConfig(Strict):
     """The ``tokenizer:`` section."""
 
     source: TokenizerSource = "union"
@@ -152,7 +154,7 @@ class TokenizerConfig(_Strict):
     pad_to_multiple_of: Whole | None = Field(default=None, gt=0)
 
 
-class MergeConfiguration(_Strict):
+class MergeConfiguration(Strict):
     """A whole recipe. Exactly one of ``models``, ``slices`` and ``modules`` is given."""
 
     merge_method: str

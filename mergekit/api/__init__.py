@@ -1,0 +1,11 @@
+"""The public functions, one screen each: plan and run merges and mixtures.
+
+Here: the order of steps between recipe and published folder. Not here: decisions (planning, moe), numbers (execute),
+files (output), or anything printed (cli).
+"""
+
+from mergekit.api.merge import plan, run_merge
+from mergekit.api.options import RunOptions
+from mergekit.api.run import Hooks, check_writable, memory, run_plan
+
+__all__ = ["Hooks", "RunOptions", "check_writable", "memory", "plan", "run_merge", "run_plan"]

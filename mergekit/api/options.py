@@ -1,0 +1,40 @@
+"""What changes a run, and never the meaning of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit.errors import UsageError
+
+__all__ = ["RunOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What changes a run, and never the meaning of a recipe.
+
+    ``shard_size`` in bytes (0: one file); ``threads`` None means one for each processor; ``device`` is ``cpu`` or a
+    torch device; ``seed`` overrides the recipe's.
+    """
+
+    shard_size: int = 5_000_000_000
+    threads: int | None = None
+    device: str = "cpu"
+    seed: int | None = None
+    copy_tokenizer: bool = True
+    write_model_card: bool = True
+    overwrite: bool = False
+    restart: bool = False
+    allow_crimes: bool = False
+    allow_nonfinite: bool = False
+    unsafe_truncate_embeddings: bool = False
+    cache_dir: Path | None = None
+    quiet: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that can't be meant."""
+        for name, least in (("shard_size", 0), ("threads", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not least <= value < 1 << 63):
+                raise UsageError(f"{name}={value!r}: expected a whole number of at least {least}")

@@ -1,0 +1,171 @@
+"""Follow a plan into an output folder: checks, staging, threads, publishing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit.api.options import RunOptions
+from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
+
+if TYPE_CHECKING:
+    from mergekit.planning import Plan
+
+__all__ = ["Document", "Hooks", "check_writable", "memory", "run_plan"]
+
+
+Document = tuple[str, str | Path]
+"""A small file of the output: its name, and its text or the file to copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a run does beyond its plan, and whom it tells.
+
+    ``prepare`` gets the staging folder and makes the plan's prepared sources there. ``measure`` gets it once all
+    tensors are written, and returns more documents; ``card`` makes README.md. ``on_compile`` is told which kernels
+    are about to be compiled, ``advance`` of finished bytes.
+    """
+
+    prepare: Callable[[Path], None] | None = None
+    measure: Callable[[Path], list[Document]] | None = None
+    card: Callable[[str], str] | None = None
+    on_compile: Callable[[list[str]], None] | None = None
+    advance: Callable[[int], None] = lambda nbytes: None
+
+
+def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks: Hooks | None = None) -> list[str]:
+    """Execute ``plan`` into ``folder``; returns remarks made on the way."""
+    from mergekit.execute import run_threads
+    from mergekit.output import Staging
+
+    options, hooks = options or RunOptions(), hooks or Hooks()
+    _check_places(plan, folder)
+    _check_space(plan, folder)
+    _check_targets(folder, [*(shard.name for shard in plan.shards), *_document_names(plan, options)])
+    kernels = _kernels(plan, hooks.on_compile)
+    with Staging(folder, plan, overwrite=options.overwrite, restart=options.restart) as staging:
+        remaining = staging.remaining()
+        if hooks.prepare:
+            hooks.prepare(staging.folder)
+        hooks.advance(sum(output.nbytes for output in plan.outputs) - sum(output.nbytes for output in remaining))
+        run_threads(
+            plan.with_prepared(staging.folder),
+            staging,
+            outputs=remaining,
+            kernels=kernels,
+            threads=options.threads if plan.device == "cpu" else 1,
+            advance=hooks.advance,
+        )
+        _check_inputs(plan)
+        more = hooks.measure(staging.folder) if hooks.measure else []
+        staging.publish([*more, *_documents(plan, folder, options, hooks)])
+        return staging.notes
+
+
+def memory(plan: Plan, options: RunOptions | None = None) -> int:
+    """About how many bytes of memory a run needs at its peak: the interpreter and libraries, and the buffers."""
+    from mergekit.execute import buffer_bytes, default_threads
+
+    libraries = 150_000_000 if plan.device == "cpu" and not any(s.pickled for s in plan.sources) else 450_000_000
+    return libraries + buffer_bytes(plan, (options or RunOptions()).threads or default_threads())
+
+
+def _kernels(plan: Plan, on_compile: Callable[[list[str]], None] | None) -> Any:
+    """The back end for the plan's device, compiled."""
+    if plan.device != "cpu":
+        from mergekit.kernels.accelerator import TorchKernels
+
+        return TorchKernels(plan.device)
+    from mergekit.kernels import cpu
+    from mergekit.kernels.warmup import cold_forms, warm_up
+    from mergekit.methods import get_method
+    from mergekit.methods.spec import Sparse
+
+    form = "sparse" if isinstance(get_method(plan.method).form, Sparse) else "span"
+    cold = cold_forms(dict.fromkeys(["span", form]))
+    if cold:
+        if on_compile:
+            on_compile(cold)
+        warm_up(cold)
+    return cpu
+
+
+def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> list[Document]:
+    """The small files in the order of publishing: the index first, config.json last."""
+    from mergekit.output import model_card
+
+    title = folder.resolve().name
+    contents: dict[str, str | Path] = {
+        "model.safetensors.index.json": plan.index or "",
+        "README.md": "",
+        plan.recipe_name: plan.recipe.rstrip() + "\n",
+        "config.json": plan.config,
+        **{name: Path(plan.sources[source].folder) / name for source, name in plan.files},
+        **dict(plan.texts),
+    }
+    names = _document_names(plan, options)
+    if "README.md" in names:
+        contents["README.md"] = hooks.card(title) if hooks.card else model_card(plan, title)
+    return [(name, contents[name]) for name in names]
+
+
+def _document_names(plan: Plan, options: RunOptions) -> list[str]:
+    """The names of the small files of an output, in the order of publishing."""
+    names = ["model.safetensors.index.json"] if plan.index else []
+    names += [name for _, name in plan.files] + [name for name, _ in plan.texts]
+    names += ["README.md", plan.recipe_name] if options.write_model_card else []
+    return [*names, *(["config.json"] if plan.config else [])]
+
+
+def check_writable(folder: Path, options: RunOptions) -> None:
+    """Refuse an output folder that holds a model already, before anything is opened or downloaded."""
+    from mergekit.output import STAGING, holds_weights, was_publishing
+
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give a folder for the output")
+    present = holds_weights(folder)
+    if present and not options.overwrite and not was_publishing(folder / STAGING / "journal"):
+        raise UsageError(f"{folder} already holds weights ({present[0]}); choose another folder, or pass --overwrite")
+
+
+def _check_places(plan: Plan, folder: Path) -> None:
+    for source in plan.sources:
+        if not source.prepared and folder.exists() and Path(source.folder).exists() and folder.samefile(source.folder):
+            raise UsageError(f"{folder} is also an input ({source.reference}); choose another folder for the output")
+
+
+def _check_targets(folder: Path, names: list[str]) -> None:
+    """Refuse an output folder where something that is no file stands in the way of a file."""
+    for name in names:
+        if (folder / name).is_dir():
+            raise UsageError(f"{folder / name} is a folder, and a file of that name has to be written; move it away")
+
+
+def _check_inputs(plan: Plan) -> None:
+    """Refuse to publish if a weight file is not the one that was planned with."""
+    for source in plan.sources:
+        for file in source.files:
+            path = Path(source.folder) / file.name
+            status = path.stat() if path.exists() else None
+            if status is None or (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
+                raise InputChangedError(f"{path} changed while it was being merged; run the command again")
+
+
+def _check_space(plan: Plan, folder: Path) -> None:
+    """Refuse an output that would not fit, before starting. What a resumed run has reserved already counts as free."""
+    from mergekit.output import STAGING
+
+    place = folder
+    while not place.exists():
+        place = place.parent
+    staged = sum(p.stat().st_blocks * 512 for p in (folder / STAGING).glob("*.safetensors"))
+    free = shutil.disk_usage(place).free + staged
+    if plan.bytes_written > free:
+        raise DiskSpaceError(
+            f"the output needs {plan.bytes_written:,} bytes, but {place} has {free:,} free; "
+            f"free some space or choose another disk"
+        )
