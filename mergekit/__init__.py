@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from mergekit.api import RunOptions as RunOptions
     from mergekit.api import plan as plan
     from mergekit.api import run_merge as run_merge
+    from mergekit.api import run_moe as run_moe
     from mergekit.errors import MergekitError as MergekitError
     from mergekit.recipe import MergeConfiguration as MergeConfiguration
 
-__all__ = ["MergeConfiguration", "MergekitError", "RunOptions", "__version__", "plan", "run_merge"]
+__all__ = ["MergeConfiguration", "MergekitError", "RunOptions", "__version__", "plan", "run_merge", "run_moe"]
 
 _HOMES = {
     "MergeConfiguration": "mergekit.recipe",
@@ -27,6 +28,7 @@ _HOMES = {
     "RunOptions": "mergekit.api",
     "plan": "mergekit.api",
     "run_merge": "mergekit.api",
+    "run_moe": "mergekit.api",
 }
 
 

@@ -5,7 +5,20 @@ files (output), or anything printed (cli).
 """
 
 from mergekit.api.merge import plan, run_merge
+from mergekit.api.moe import MoeOptions, plan_moe, run_moe, run_moe_plan
 from mergekit.api.options import RunOptions
 from mergekit.api.run import Hooks, check_writable, memory, run_plan
 
-__all__ = ["Hooks", "RunOptions", "check_writable", "memory", "plan", "run_merge", "run_plan"]
+__all__ = [
+    "Hooks",
+    "MoeOptions",
+    "RunOptions",
+    "check_writable",
+    "memory",
+    "plan",
+    "plan_moe",
+    "run_merge",
+    "run_moe",
+    "run_moe_plan",
+    "run_plan",
+]

@@ -35,18 +35,21 @@ def plain(text: str) -> str:
     return "\n".join(line if len(line) <= 1000 else line[:900] + " ... " + line[-90:] for line in lines)
 
 
-def program(command: Callable[..., Any], name: str) -> None:
+def program(command: Callable[..., Any], name: str, **context: Any) -> None:
     """``run`` for a process of its own."""
     # A tenth of a short run would go to looking for cycles among what imports leave behind; merging makes none.
     gc.disable()
     signal.signal(signal.SIGTERM, _terminate)
-    run(command, name)
+    run(command, name, **context)
 
 
-def run(command: Callable[..., Any], name: str) -> None:
-    """Run a click command as program ``name``. 0: done; 1: input or machine; 2: recipe or usage; 130: interrupted."""
+def run(command: Callable[..., Any], name: str, **context: Any) -> None:
+    """Run a click command as program ``name``. 0: done; 1: input or machine; 2: recipe or usage; 130: interrupted.
+
+    ``context``: settings of click's context, such as ``obj``.
+    """
     try:
-        command.main(prog_name=name, standalone_mode=False)  # type: ignore[attr-defined]
+        command.main(prog_name=name, standalone_mode=False, **context)  # type: ignore[attr-defined]
     except MergekitError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)

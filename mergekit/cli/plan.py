@@ -55,9 +55,9 @@ def plan_lines(plan: Plan, options: Any) -> list[str]:
     from mergekit import api
     from mergekit.planning.describe import groups
 
-    lines = [f"{plan.method}, seed {plan.seed}"]
+    lines = [f"{_what(plan)}, seed {plan.seed}"]
     for number, source in enumerate(plan.sources):
-        lines.append(f"  [{number}] {source.reference}{' (base)' if number == plan.base else ''}")
+        lines.append(f"  [{number}] {source.reference}{_part(plan, number)}")
     lines.append("")
     for group in groups(plan):
         lines.append(f"{len(group.tensors):4} x {group.template}  {list(group.shape)} {group.dtype}")
@@ -75,6 +75,27 @@ def plan_lines(plan: Plan, options: Any) -> list[str]:
         f"writes {size(plan.bytes_written)}, needs about {size(api.memory(plan, options))} of memory"
     )
     return [plain(line) for line in lines]
+
+
+def _what(plan: Plan) -> str:
+    """The kind of merge in a few words."""
+    mixture = plan.mixture
+    if mixture is None:
+        return plan.method
+    return (
+        f"{mixture.family} of {len(mixture.experts)} experts, {mixture.per_token} for each token, "
+        f"routers by {mixture.gate_mode}, shared weights from {mixture.shared}"
+    )
+
+
+def _part(plan: Plan, number: int) -> str:
+    """The part that a source plays, in brackets."""
+    parts = ["base"] if number == plan.base else []
+    if plan.mixture is not None:
+        parts += [f"expert {e}" for e, source in enumerate(plan.mixture.experts) if source == number]
+    if plan.sources[number].prepared:
+        parts.append("made first")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _made_of(group: Group, plan: Plan) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mergekit.methods import get_method
 from mergekit.planning.plan import Plan
 
-__all__ = ["model_card"]
+__all__ = ["hub_names", "model_card", "render", "without_paths"]
 
 _TEMPLATE = """\
 ---
@@ -62,30 +63,39 @@ The recipe:
 
 def model_card(plan: Plan, title: str) -> str:
     """README.md for the result of ``plan``. ``title`` is usually the name of the output folder."""
-    from jinja2 import Environment, StrictUndefined
-
     method = get_method(plan.method)
     shorts = [source.short for source in plan.sources]
-    hub = [s.short for s in plan.sources if "/" in s.short and not Path(s.reference).exists()]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
-    text = Environment(undefined=StrictUndefined, autoescape=False).from_string(_TEMPLATE)
-    return text.render(
+    return render(
+        _TEMPLATE,
         title=title,
         version=plan.version,
         method=method,
         method_name=f"[{method.title}]({method.url})" if method.url else method.title,
         models=shorts,
-        hub_names=hub,
+        hub_names=hub_names(plan),
         base=None if plan.base is None else shorts[plan.base],
         donor=shorts[plan.donor],
         parameters=f"{plan.parameters:,}",
         dtypes=" and ".join(dtypes) or "integers",
-        warnings=[_without_paths(w, plan) for w in plan.warnings],
-        recipe=_without_paths(plan.recipe.rstrip(), plan),
+        warnings=[without_paths(w, plan) for w in plan.warnings],
+        recipe=without_paths(plan.recipe.rstrip(), plan),
     )
 
 
-def _without_paths(text: str, plan: Plan) -> str:
+def render(template: str, **facts: Any) -> str:
+    """A jinja2 template with every name that it uses given."""
+    from jinja2 import Environment, StrictUndefined
+
+    return str(Environment(undefined=StrictUndefined, autoescape=False).from_string(template).render(**facts))
+
+
+def hub_names(plan: Plan) -> list[str]:
+    """The sources that are repositories on the hub."""
+    return [s.short for s in plan.sources if "/" in s.short and not Path(s.reference).exists()]
+
+
+def without_paths(text: str, plan: Plan) -> str:
     """``text`` with each local path of a source replaced by the model's short name."""
     for source in plan.sources:
         if source.reference != source.short:

@@ -11,14 +11,14 @@ from mergekit.errors import IncompatibleError, nearest
 from mergekit.planning.agree import disagreements, same_tokenizer
 from mergekit.planning.document import files_to_copy, make_config
 from mergekit.planning.express import Expresser
-from mergekit.planning.models import Models, check_architectures, open_models
+from mergekit.planning.models import Models, check_architectures, open_recipe
 from mergekit.planning.pack import pack
 from mergekit.planning.plan import Plan, Source, leaves
 from mergekit.planning.slots import Slots, find_slots
 from mergekit.recipe import Recipe
 from mergekit.version import __version__
 
-__all__ = ["PlanOptions", "build_plan"]
+__all__ = ["PlanOptions", "build_plan", "sources_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class PlanOptions:
 
 def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     """Everything a run of ``recipe`` will do, from headers and small files only. Refuses what can't be done."""
-    models = open_models(recipe, cache_dir=options.cache_dir, quiet=options.quiet, fetch=options.fetch)
+    models = open_recipe(recipe, cache_dir=options.cache_dir, quiet=options.quiet, fetch=options.fetch)
     warnings = list(recipe.warnings)
     warnings += check_architectures(models, allow_crimes=options.allow_crimes)
     warnings += _vocabulary_words(recipe, models)
@@ -65,12 +65,7 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         version=__version__,
         method=recipe.method.name,
         seed=seed,
-        sources=tuple(
-            Source(
-                str(m.reference), m.reference.short, str(m.checkpoint.folder), m.checkpoint.files, m.checkpoint.pickled
-            )
-            for m in models.models
-        ),
+        sources=sources_of(models),
         base=models.base,
         donor=models.donor,
         outputs=outputs,
@@ -86,6 +81,14 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         recipe=recipe.text.text,
         device=options.device,
         allow_nonfinite=options.allow_nonfinite,
+    )
+
+
+def sources_of(models: Models) -> tuple[Source, ...]:
+    """The sources of a plan: the models in order, then their adapters."""
+    return tuple(
+        Source(str(m.reference), m.reference.short, str(m.checkpoint.folder), m.checkpoint.files, m.checkpoint.pickled)
+        for m in models.models
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "mergekit": plan.version,
         "method": plan.method,
+        "mixture": None if plan.mixture is None else dataclasses.asdict(plan.mixture),
         "seed": plan.seed,
         "digest": plan.digest(),
         "device": plan.device,

@@ -14,14 +14,15 @@ from mergekit.errors import IncompatibleError
 from mergekit.families.config import vocab_size
 from mergekit.families.layout import is_embedding, is_head
 from mergekit.methods.spec import ParameterError, Span
-from mergekit.planning.models import Models, scale_of
-from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, Leaf, Read, Split, stored
+from mergekit.planning.leaf import cast, leaf_of
+from mergekit.planning.models import Models
+from mergekit.planning.plan import Apply, Expression, Identical, Leaf, Read, Split
 from mergekit.planning.slots import Contribution, Slot
 from mergekit.recipe import Recipe
 from mergekit.recipe.resolve import InputScope, MissingParameterError, resolve_parameters
 from mergekit.refs import ModelReference
 
-__all__ = ["Expresser", "Made"]
+__all__ = ["Expresser", "Made", "cast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Expresser:
         dtype = self._dtype(infos)
         base = next((i for i, c in enumerate(present) if c.model == slot.base), None)
         if len(present) == 1 and self._passes_alone(slot, present[0]):
-            return Made(slot.name, shape, dtype, _cast(leaves[0], dtype))
+            return Made(slot.name, shape, dtype, cast(leaves[0], dtype))
         order = list(range(len(present)))
         if self.recipe.method.base == "required" and base is not None:
             order = [base, *(i for i in order if i != base)]
@@ -117,7 +118,7 @@ class Expresser:
     def _leaves(
         self, slot: Slot, present: Sequence[Contribution], infos: Sequence[TensorInfo]
     ) -> tuple[list[Leaf], tuple[int, ...]]:
-        reads: list[Leaf] = [self._leaf(c.model, info) for c, info in zip(present, infos, strict=True)]
+        reads: list[Leaf] = [leaf_of(self.models, c.model, info.name) for c, info in zip(present, infos, strict=True)]
         shapes = {info.shape for info in infos}
         if len(shapes) == 1:
             return reads, infos[0].shape
@@ -134,15 +135,6 @@ class Expresser:
             f"cannot merge {slot.name}: shapes differ" + self._table(slot) + "\nThese models don't fit together; "
             "merge models that were fine-tuned from the same base."
         )
-
-    def _leaf(self, model: int, info: TensorInfo) -> Leaf:
-        read = Read(model, info)
-        if info.dtype.kind != "fp8":
-            return read
-        tensors = self.models[model].checkpoint.tensors
-        scale = scale_of(info.name, tensors)
-        assert scale is not None, "refused when the checkpoint was opened"
-        return Dequantize(read, Read(model, tensors[scale.tensor]), scale.rows, scale.columns)
 
     def _cut(self, leaf: Leaf, info: TensorInfo, rows: int) -> Leaf:
         if info.shape[0] == rows:
@@ -218,9 +210,9 @@ class Expresser:
         if isinstance(form, Span) and form.space == "weights":
             chosen = np.flatnonzero(result)
             if len(chosen) == 1 and result[chosen[0]] == 1.0:
-                return _cast(apply.inputs[int(chosen[0])], dtype)
+                return cast(apply.inputs[int(chosen[0])], dtype)
         if len(apply.inputs) == 1 and apply.has_base:
-            return _cast(apply.inputs[0], dtype)
+            return cast(apply.inputs[0], dtype)
         return apply
 
     def _table(self, slot: Slot) -> str:
@@ -245,7 +237,3 @@ class Expresser:
 def _filter_name(slot: Slot, contribution: Contribution) -> str:
     """The name that filters see: the tensor's own in that model; for a stand-in, the name it stands in for."""
     return slot.name if contribution.tied else contribution.name
-
-
-def _cast(leaf: Leaf, dtype: DType) -> Expression:
-    return leaf if stored(leaf) == dtype else Cast(leaf)

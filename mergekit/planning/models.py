@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mergekit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from mergekit.checkpoint.quantized import scale_of, scale_target
+from mergekit.checkpoint.quantized import scale_target
 from mergekit.errors import HubError, IncompatibleError, ModelNotFoundError, RecipeError
 from mergekit.families.config import is_tied
 from mergekit.families.layout import Layout, infer_layout, is_embedding, is_head
 from mergekit.recipe import Recipe
 from mergekit.refs import ModelReference
 
-__all__ = ["Model", "Models", "open_models"]
+__all__ = ["Model", "Models", "open_models", "open_recipe"]
 
 
 @dataclass(frozen=True, eq=False)  # no slots: the names below are looked up once
@@ -65,33 +65,56 @@ class Models:
         return self.models[position]
 
 
-def open_models(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = False, fetch: bool = True) -> Models:
-    """Open every model that ``recipe`` mentions. With ``fetch=False`` hub weights are planned from their headers."""
-    references = recipe.config.referenced_models()
+def open_models(
+    references: Sequence[ModelReference],
+    base: ModelReference | None = None,
+    *,
+    place: Callable[[ModelReference], str | None] = lambda reference: None,
+    base_quantization: str = "none",
+    cache_dir: Path | None = None,
+    quiet: bool = False,
+    fetch: bool = True,
+) -> Models:
+    """Open ``references`` in this order. With ``fetch=False`` hub weights are planned from their headers.
+
+    ``place`` says where a recipe names a model; faults point there.
+    """
     models = []
     folders: dict[Path, ModelReference] = {}
     for reference in references:
         if reference.lora is not None:
             raise RecipeError(
                 f"'{reference}': adapters in recipes are not built yet; bake the adapter into the model first",
-                place=recipe.text.place(_path_of(recipe, reference)),
+                place=place(reference),
             )
         try:
             checkpoint = _open(reference, cache_dir, quiet, fetch)
         except (ModelNotFoundError, HubError) as error:
-            place = recipe.text.place(_path_of(recipe, reference))
+            where = f"{place(reference)}: " if place(reference) else ""
             here = "" if is_folder(reference) else f"there is no folder '{reference.model.path}' here, and "
-            raise type(error)(f"{place}: {here}{error}") from None
+            raise type(error)(f"{where}{here}{error}") from None
         folder = checkpoint.folder.resolve()
         twin = folders.setdefault(folder, reference)
         if twin.model.path != reference.model.path and is_folder(reference):
             raise RecipeError(
                 f"'{reference}' and '{twin}' are the same folder; write it the same way everywhere",
-                place=recipe.text.place(_path_of(recipe, reference)),
+                place=place(reference),
             )
         models.append(_model(reference, checkpoint))
-    base = None if recipe.config.base_model is None else references.index(recipe.config.base_model)
-    return Models(tuple(models), base, base if base is not None else 0)
+    position = None if base is None else references.index(base)
+    return Models(tuple(models), position, position if position is not None else 0)
+
+
+def open_recipe(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = False, fetch: bool = True) -> Models:
+    """Open every model that ``recipe`` mentions."""
+    return open_models(
+        recipe.config.referenced_models(),
+        recipe.config.base_model,
+        place=lambda reference: recipe.text.place(_path_of(recipe, reference)),
+        cache_dir=cache_dir,
+        quiet=quiet,
+        fetch=fetch,
+    )
 
 
 def has_remote_models(recipe: Recipe) -> bool:
@@ -167,4 +190,4 @@ def check_architectures(models: Models, *, allow_crimes: bool) -> list[str]:
     return warnings
 
 
-__all__ += ["check_architectures", "scale_of"]
+__all__ += ["check_architectures"]

@@ -1,0 +1,193 @@
+"""Plan a mixture of experts, make one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergekit.api.merge import log_compile, plan_options
+from mergekit.api.options import RunOptions
+from mergekit.api.run import Document, Hooks, check_writable, run_plan
+from mergekit.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergekit.moe.build import MoePlan
+    from mergekit.moe.report import RoutingReport
+    from mergekit.moe.schema import MoeConfiguration
+
+__all__ = ["MoeOptions", "Outcome", "plan_moe", "run_moe", "run_moe_plan", "write_routers"]
+
+_LOG = logging.getLogger("mergekit")
+_VERIFY_BELOW = 2_000_000_000
+"""Bytes of output up to which a mixture is verified unless the user says otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeOptions:
+    """What else a run of a mixture may be told.
+
+    ``architecture``: the output family where the recipe names none. ``verify`` None: models below 2 GB.
+    ``allow_all_same``: experts that are all one model are no fault. ``trust_remote_code``: for tokenizers.
+    """
+
+    architecture: str = "mixtral"
+    verify: bool | None = None
+    allow_all_same: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What there is to say after a run: ``remarks`` are oddities, ``lines`` the routing table and the self-test."""
+
+    remarks: list[str]
+    lines: list[str]
+
+
+def plan_moe(
+    recipe: str | Path | Mapping[str, Any] | MoeConfiguration,
+    options: RunOptions | None = None,
+    choices: MoeOptions | None = None,
+    *,
+    fetch: bool = False,
+) -> MoePlan:
+    """What making the mixture ``recipe`` would do, from headers and small files only.
+
+    Models on the hub are planned from their headers, unless ``fetch``. Raises a MergekitError for what can't be done.
+    """
+    from mergekit.moe.build import build_moe_plan
+    from mergekit.moe.recipe import load_moe_recipe
+    from mergekit.moe.targets import find_target
+    from mergekit.planning.models import is_folder
+
+    options, choices = options or RunOptions(), choices or MoeOptions()
+    checked = load_moe_recipe(recipe, allow_all_same=choices.allow_all_same)
+    try:
+        target = find_target(checked.config.architecture or choices.architecture)
+    except UsageError as error:
+        raise checked.fault(str(error), "architecture") from None
+    if fetch and not all(map(is_folder, checked.references())):
+        build_moe_plan(checked, target, plan_options(options, fetch=False))
+    return build_moe_plan(checked, target, plan_options(options, fetch))
+
+
+def run_moe(
+    recipe: str | Path | Mapping[str, Any] | MoeConfiguration,
+    out: str | Path,
+    options: RunOptions | None = None,
+    *,
+    architecture: str = "mixtral",
+    verify: bool | None = None,
+    allow_all_same: bool = False,
+    trust_remote_code: bool = False,
+    on_plan: Callable[[MoePlan], None] | None = None,
+    advance: Callable[[int], None] | None = None,
+    **changes: Any,
+) -> Path:
+    """Make the mixture of experts ``recipe`` in the folder ``out`` and return its path.
+
+    The keywords are those of MoeOptions, ``changes`` fields of RunOptions. Everything said goes to the logger
+    ``mergekit``. A run that was interrupted continues where it stopped when called again.
+    """
+    options = replace(options or RunOptions(), **changes)
+    choices = MoeOptions(
+        architecture=architecture,
+        verify=verify,
+        allow_all_same=allow_all_same,
+        trust_remote_code=trust_remote_code,
+    )
+    if not str(out):
+        raise UsageError("the output folder has no name")
+    folder = Path(out)
+    check_writable(folder, options)
+    made = plan_moe(recipe, options, choices, fetch=True)
+    if on_plan:
+        on_plan(made)
+    outcome = run_moe_plan(made, folder, options, choices, stage=_LOG.info, advance=advance)
+    for text in (*made.plan.warnings, *made.plan.notes, *outcome.remarks):
+        _LOG.warning("%s", text)
+    for line in outcome.lines:
+        _LOG.info("%s", line)
+    return folder
+
+
+def run_moe_plan(
+    made: MoePlan,
+    folder: Path,
+    options: RunOptions | None = None,
+    choices: MoeOptions | None = None,
+    *,
+    stage: Callable[[str], None] = lambda text: None,
+    advance: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Execute the plan of a mixture into ``folder``: routers, assembly, routing report, self-test."""
+    options, choices = options or RunOptions(), choices or MoeOptions()
+    verify = choices.verify if choices.verify is not None else made.plan.bytes_written < _VERIFY_BELOW
+    lines: list[str] = []
+    reports: list[RoutingReport] = []
+    tokenizer = _Tokenizer(made, choices.trust_remote_code)
+
+    def prepare(staging: Path) -> None:
+        if made.recipe.uses_prompts:
+            tokenizer.load()
+        write_routers(made, staging, options, tokenizer.load, stage)
+
+    def measure(staging: Path) -> list[Document]:
+        if made.recipe.uses_prompts:
+            from mergekit.moe.calibrate import measure_routing
+
+            stage("routing prompts through the mixture")
+            rows = read_routers(made, staging)
+            report = measure_routing(made, rows, tokenizer.load(), _weights(made, options), options.device)
+            reports.append(report)
+            lines.extend(report.table())
+        if verify:
+            from mergekit.api.verify import check_identity
+
+            stage("checking the identity law")
+            lines.append(f"verified: {check_identity(made, folder, options)}")
+        return [("routing.json", report.to_json()) for report in reports]
+
+    def card(title: str) -> str:
+        from mergekit.output.moe_card import moe_card
+
+        return moe_card(made.plan, title, reports[0].markdown() if reports else None)
+
+    hooks = Hooks(prepare, measure, card, log_compile, advance or (lambda nbytes: None))
+    remarks = run_plan(made.plan, folder, options, hooks)
+    if verify:
+        from mergekit.api.verify import check_reload
+
+        stage("loading the result")
+        lines += [f"verified: {line}" for line in check_reload(made, folder)]
+    return Outcome(remarks, lines)
+
+
+def write_routers(made: MoePlan, staging: Path, rows: Callable[[], np.ndarray]) -> None:
+    """Put the file of router rows into the staging folder, unless it is there; ``rows`` makes float32 [L, E, H]."""
+    path = staging / made.routers.name
+    if path.is_file():
+        return
+    values = np.ascontiguousarray(rows(), "<f4")
+    file = made.routers
+    assert values.shape == (file.layers, file.experts, file.hidden)
+    partial = path.with_suffix(".part")
+    with partial.open("wb") as stream:
+        stream.write(file.layout()[0])
+        stream.write(values.tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def read_routers(made: MoePlan, staging: Path) -> np.ndarray:
+    """The router rows of the file in the staging folder, float32 [layers, experts, hidden]."""
+    file = made.routers
+    raw = (staging / file.name).read_bytes()[len(file.layout()[0]) :]
+    return np.frombuffer(raw, "<f4").reshape(file.layers, file.experts, file.hidden)
