@@ -1,6 +1,8 @@
 """The floor: import what a merge imports, then only move the bytes. Two threads read the inputs and write a file.
 
-python bench/floor.py OUT BYTES INPUT [INPUT ...]
+python bench/floor.py OUT BYTES INPUT[:BYTES] [INPUT[:BYTES] ...]
+
+Of an input with ``:BYTES`` only so many bytes are read, spread over the file.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ CHUNK = 1 << 19
 
 
 def main(out: str, size: int, inputs: list[str], threads: int = 2) -> None:
-    """Read every input whole, write ``size`` bytes to a preallocated file, fsync."""
-    files = [os.open(path, os.O_RDONLY) for path in inputs]
+    """Read the inputs, write ``size`` bytes to a preallocated file, fsync."""
+    parts = [text.partition(":")[::2] for text in inputs]
+    files = [os.open(path, os.O_RDONLY) for path, _ in parts]
+    shares = [int(most or os.fstat(f).st_size) / os.fstat(f).st_size for f, (_, most) in zip(files, parts, strict=True)]
     target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.posix_fallocate(target, 0, size)
 
@@ -31,8 +35,9 @@ def main(out: str, size: int, inputs: list[str], threads: int = 2) -> None:
         view = memoryview(mmap.mmap(-1, CHUNK + 4096))[2048 : 2048 + CHUNK]
         longest = max(size, *(os.fstat(f).st_size for f in files))
         for place in range(number * CHUNK, longest, threads * CHUNK):
-            for file in files:
-                os.preadv(file, [view], place)
+            for file, share in zip(files, shares, strict=True):
+                if int((place // CHUNK + 1) * share) > int(place // CHUNK * share):
+                    os.preadv(file, [view], place)
             if place < size:
                 os.pwrite(target, view[: min(CHUNK, size - place)], place)
 

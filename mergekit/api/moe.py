@@ -14,6 +14,7 @@ import numpy as np
 from mergekit.api.merge import log_compile, plan_options
 from mergekit.api.options import RunOptions
 from mergekit.api.run import Document, Hooks, check_writable, run_plan
+from mergekit.api.weights import PlanWeights
 from mergekit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -130,21 +131,17 @@ def run_moe_plan(
     options, choices = options or RunOptions(), choices or MoeOptions()
     verify = choices.verify if choices.verify is not None else made.plan.bytes_written < _VERIFY_BELOW
     lines: list[str] = []
+    remarks: list[str] = []
     reports: list[RoutingReport] = []
-    tokenizer = _Tokenizer(made, choices.trust_remote_code)
+    uses_prompts = made.recipe.uses_prompts
 
     def prepare(staging: Path) -> None:
-        if made.recipe.uses_prompts:
-            tokenizer.load()
-        write_routers(made, staging, options, tokenizer.load, stage)
+        write_routers(made, staging, lambda: _calibrate(made, options, choices, stage, remarks))
 
     def measure(staging: Path) -> list[Document]:
-        if made.recipe.uses_prompts:
-            from mergekit.moe.calibrate import measure_routing
-
+        if uses_prompts:
             stage("routing prompts through the mixture")
-            rows = read_routers(made, staging)
-            report = measure_routing(made, rows, tokenizer.load(), _weights(made, options), options.device)
+            report = _measure(made, read_routers(made, staging), options, choices)
             reports.append(report)
             lines.extend(report.table())
         if verify:
@@ -160,13 +157,76 @@ def run_moe_plan(
         return moe_card(made.plan, title, reports[0].markdown() if reports else None)
 
     hooks = Hooks(prepare, measure, card, log_compile, advance or (lambda nbytes: None))
-    remarks = run_plan(made.plan, folder, options, hooks)
+    remarks += run_plan(made.plan, folder, options, hooks)
     if verify:
         from mergekit.api.verify import check_reload
 
         stage("loading the result")
         lines += [f"verified: {line}" for line in check_reload(made, folder)]
     return Outcome(remarks, lines)
+
+
+def _calibrate(
+    made: MoePlan, options: RunOptions, choices: MoeOptions, stage: Callable[[str], None], remarks: list[str]
+) -> np.ndarray:
+    """The router rows of a mixture, float32 [layers, experts, hidden]; what there is to say goes to ``remarks``."""
+    from mergekit.moe.calibrate import calibrate
+
+    uses_prompts = made.recipe.uses_prompts
+    if uses_prompts:
+        count = sum(len(prompts.positive) + len(prompts.negative) for prompts in made.prompts)
+        stage(f"calibrating routers: {count} prompts through {made.dense.layers} layers")
+    result = calibrate(
+        made.recipe.config.gate_mode,
+        made.prompts,
+        _tokenizer(made, choices) if uses_prompts else None,
+        PlanWeights(made, options.threads),
+        experts=made.routers.experts,
+        layers=made.dense.layers,
+        hidden=made.dense.hidden,
+        seed=made.plan.seed,
+        device=options.device,
+        apply_chat_template=made.recipe.config.apply_chat_template,
+    )
+    remarks += result.notes
+    return result.rows
+
+
+def _measure(made: MoePlan, rows: np.ndarray, options: RunOptions, choices: MoeOptions) -> RoutingReport:
+    """Where the held-out prompts go in the mixture with router ``rows``."""
+    import torch
+
+    from mergekit.moe.calibrate import measure
+
+    stored = torch.from_numpy(rows.copy()).to(getattr(torch, made.dtype.name)).float().numpy()
+    assert made.plan.mixture is not None
+    return measure(
+        stored,
+        made.prompts,
+        _tokenizer(made, choices),
+        PlanWeights(made, options.threads),
+        names=[made.plan.sources[position].short for position in made.plan.mixture.experts],
+        experts_per_token=made.recipe.config.experts_per_token,
+        gate_mode=made.recipe.config.gate_mode,
+        device=options.device,
+        apply_chat_template=made.recipe.config.apply_chat_template,
+    )
+
+
+def _tokenizer(made: MoePlan, choices: MoeOptions) -> Any:
+    """The base model's tokenizer; its own code runs only if the user trusts it."""
+    from transformers import AutoTokenizer
+
+    source = made.plan.sources[made.plan.donor]
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=choices.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises whatever its parts do
+        raise UsageError(
+            f"{source.reference}: its tokenizer can't be read, which prompts need ({str(error).splitlines()[0]:.200}); "
+            f"gate_mode: random needs none"
+        ) from None
 
 
 def write_routers(made: MoePlan, staging: Path, rows: Callable[[], np.ndarray]) -> None:
