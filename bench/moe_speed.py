@@ -153,8 +153,8 @@ def report(layers: int, *, warm: bool, floors: list[Run], runs: list[Run], peak:
     lines = [
         f"# Making a mixture of two Phi-3-mini-shaped models, {layers} layers",
         "",
-        f"bfloat16, page cache {'warm' if warm else 'cold'}, {os.cpu_count()} processors ({platform.machine()}), Python "
-        f"{platform.python_version()}; medians of {len(runs)} rounds. Routers: `random`.",
+        f"bfloat16, page cache {'warm' if warm else 'cold'}, {os.cpu_count()} processors ({platform.machine()}), "
+        f"Python {platform.python_version()}; medians of {len(runs)} rounds. Routers: `random`.",
         "",
         "| | wall s | cpu s | x floor |",
         "|---|---|---|---|",
