@@ -120,8 +120,8 @@ def _continuation(model: Any, made: MoePlan, folder: Path) -> str:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        texts = made.recipe.config.experts[0].positive_prompts or ["The"]
-        prompt = tokenizer(texts[0], return_tensors="pt").input_ids[:, :16]
+        text = next((p.text for prompts in made.prompts for p in prompts.positive if p.text), "The")
+        prompt = tokenizer(text, return_tensors="pt").input_ids[:, :16]
     out = model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape), max_new_tokens=12, do_sample=False)
     more = out[0, prompt.shape[1] :]
     if tokenizer is None:

@@ -17,7 +17,7 @@ from mergekit.families.config import set_dtype
 from mergekit.families.layout import is_derived_buffer
 from mergekit.moe.dense import Dense, is_mlp, read_dense
 from mergekit.moe.layout import Layout
-from mergekit.moe.prompts import PromptSet, prompt_set
+from mergekit.moe.prompts import PromptSet, hold_out, prompt_set
 from mergekit.moe.recipe import MoeRecipe
 from mergekit.moe.targets import Counts, Target
 from mergekit.planning.agree import disagreements
@@ -100,7 +100,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
     warnings += _check_adapters(recipe, models, positions)
     counts = Counts(len(experts), config.experts_per_token)
     sources = sources_of(models)
-    prompts = tuple(_prompts(recipe, number) for number in range(counts.experts)) if recipe.uses_prompts else ()
+    prompts, remarks = hold_out([_prompts(recipe, e) for e in range(counts.experts)] if recipe.uses_prompts else [])
     digest = _digest(recipe, sources, (prompts, target.name, seed, dtype, options.device))
     routers = RouterFile(f"routers-{digest}.safetensors", dense.layers, counts.experts, dense.hidden)
     layout = Layout(dense, target, dtype)
@@ -125,7 +125,10 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         files=tuple((0, name) for name in copied if not name.endswith(".py")),
         left_out=tuple(_left_out(models, made)),
         warnings=tuple(dict.fromkeys([*recipe.warnings, *recipe.shared.warnings, *warnings])),
-        notes=tuple(f"{m.reference.short}: {notice}" for m in models.models for notice in m.checkpoint.notices),
+        notes=(
+            *remarks,
+            *(f"{m.reference.short}: {notice}" for m in models.models for notice in m.checkpoint.notices),
+        ),
         recipe=recipe.text.text,
         recipe_name="mergekit_moe_config.yml",
         texts=tuple((path.name, path.read_text(encoding="utf-8")) for path in target.code),
