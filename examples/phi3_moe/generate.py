@@ -22,7 +22,7 @@ def main() -> None:
 
     # The phi3moe form brings its own code, which lies in the folder that we have just made ourselves.
     has_code = (options.model / "modeling_phi3_moe.py").exists()
-    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left", trust_remote_code=has_code)
     model = AutoModelForCausalLM.from_pretrained(options.model, torch_dtype=torch.float32, trust_remote_code=has_code)
 
     inputs = tokenizer(options.prompts, return_tensors="pt", padding=True)

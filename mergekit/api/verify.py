@@ -119,7 +119,9 @@ def _continuation(model: Any, made: MoePlan, folder: Path) -> str:
     if (folder / "tokenizer.json").is_file():
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=bool(made.target.code)
+        )
         text = next((p.text for prompts in made.prompts for p in prompts.positive if p.text), "The")
         prompt = tokenizer(text, return_tensors="pt").input_ids[:, :16]
     out = model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape), max_new_tokens=12, do_sample=False)

@@ -108,7 +108,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
     outputs, shards, index = pack(made, options.shard_size)
     entries = target.config(dense, counts)
     set_dtype(entries, dtype)
-    warnings += [*disagreements(models), *target.notices(dense), *_remarks(recipe, models, positions, counts)]
+    warnings += [*disagreements(models), *_remarks(recipe, models, positions)]
     copied = files_to_copy(models[0].checkpoint.folder, tokenizer=options.copy_tokenizer)
     how_shared = config.attention if isinstance(config.attention, str) else config.attention.merge_method
     plan = Plan(
@@ -126,6 +126,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         left_out=tuple(_left_out(models, made)),
         warnings=tuple(dict.fromkeys([*recipe.warnings, *recipe.shared.warnings, *warnings])),
         notes=(
+            *target.notices(dense, counts),
             *remarks,
             *(f"{m.reference.short}: {notice}" for m in models.models for notice in m.checkpoint.notices),
         ),
@@ -243,7 +244,7 @@ def _prompts(recipe: MoeRecipe, number: int) -> PromptSet:
     return prompt_set(recipe.config.experts[number], folder, lambda key: recipe.text.place(("experts", number, key)))
 
 
-def _remarks(recipe: MoeRecipe, models: Models, positions: tuple[int, ...], counts: Counts) -> list[str]:
+def _remarks(recipe: MoeRecipe, models: Models, positions: tuple[int, ...]) -> list[str]:
     """What a user should know of a mixture that is about to be made."""
     found = []
     others = [models[p].reference.short for p in dict.fromkeys(positions) if p != 0]
@@ -252,8 +253,6 @@ def _remarks(recipe: MoeRecipe, models: Models, positions: tuple[int, ...], coun
             f"attention, norms, embeddings and head come from {models[0].reference.short}: what {', '.join(others)} "
             f"learnt there is not in the result ('attention: average' takes them from the experts)"
         )
-    if counts.experts & (counts.experts - 1):
-        found.append(f"{counts.experts} is no power of two: llama.cpp wants 2, 4, 8, ... experts")
     return found
 
 

@@ -41,7 +41,7 @@ class Target:
     experts: Mapping[str, str]
     splits: bool
     config: Callable[[Dense, Counts], dict[str, Any]]
-    notices: Callable[[Dense], list[str]]
+    notices: Callable[[Dense, Counts], list[str]]
     code: tuple[Path, ...] = ()
 
 
@@ -83,8 +83,10 @@ def _mixtral_config(dense: Dense, counts: Counts) -> dict[str, Any]:
     return config
 
 
-def _mixtral_notices(dense: Dense) -> list[str]:
+def _mixtral_notices(dense: Dense, counts: Counts) -> list[str]:
     notices = []
+    if counts.experts & (counts.experts - 1):
+        notices.append(f"{counts.experts} experts: some releases of llama.cpp want 2, 4, 8, ... of them")
     if dense.rope.kind == "longrope" or dense.rope.partial < 1:
         notices.append(
             f"beyond {dense.rope.original or dense.positions} tokens the result needs transformers 4.49 or newer (4.48 "
@@ -137,7 +139,7 @@ def _phi3moe_config(dense: Dense, counts: Counts) -> dict[str, Any]:
     return config
 
 
-def _phi3moe_notices(dense: Dense) -> list[str]:
+def _phi3moe_notices(dense: Dense, counts: Counts) -> list[str]:
     notices = ["the result loads with trust_remote_code=True: its two Python files lie beside the weights"]
     if dense.rope.partial < 1:
         notices.append("a partial rotary embedding needs transformers 4.49 or newer")

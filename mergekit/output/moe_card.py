@@ -44,7 +44,7 @@ Everything else (attention, norms, embeddings, head) is
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({{ title | tojson }}{{ ", trust_remote_code=True" if has_code }})
-tokenizer = AutoTokenizer.from_pretrained({{ title | tojson }})
+tokenizer = AutoTokenizer.from_pretrained({{ title | tojson }}{{ ", trust_remote_code=True" if has_code }})
 ```
 
 {% if has_code -%}
@@ -54,11 +54,11 @@ llama.cpp don't know this architecture; build with `architecture: mixtral` for t
 {%- else -%}
 A native Mixtral: transformers 4.48 and newer, vLLM and llama.cpp read these names of tensors and this config.
 {%- endif %}
-{%- if warnings %}
+{%- if remarks %}
 
 Noted while planning:
-{% for warning in warnings %}
-* {{ warning }}
+{% for remark in remarks %}
+* {{ remark }}
 {%- endfor %}
 {%- endif %}
 {%- if routing %}
@@ -95,7 +95,7 @@ def moe_card(plan: Plan, title: str, routing: str | None) -> str:
         parameters=f"{plan.parameters:,}",
         dtypes=" and ".join(dtypes),
         has_code=bool(plan.texts),
-        warnings=[without_paths(w, plan) for w in plan.warnings],
+        remarks=[without_paths(text, plan) for text in (*plan.warnings, *plan.notes)],
         routing=routing,
         recipe=without_paths(plan.recipe.rstrip(), plan),
     )
