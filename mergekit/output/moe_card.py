@@ -52,7 +52,8 @@ The architecture is in the two Python files beside the weights, so `trust_remote
 transformers 4.48 and newer, for training too (`output_router_logits=True` adds the load-balancing loss). vLLM and
 llama.cpp don't know this architecture; build with `architecture: mixtral` for them.
 {%- else -%}
-A native Mixtral: transformers 4.48 and newer, vLLM and llama.cpp read these names of tensors and this config.
+A native Mixtral: transformers 4.48 and newer load it (tested). vLLM and llama.cpp read these names of tensors and this
+config, going by their source; what they leave out is noted below.
 {%- endif %}
 {%- if remarks %}
 
