@@ -22,15 +22,16 @@ RANKS = {
     **dict.fromkeys(["execute", "output"], 6),
     "api": 7,
     "compatibility": 8,
-    **dict.fromkeys(["cli", "scripts"], 9),
+    "cli": 9,
 }
 """A file imports only lower ranks, or its own room."""
 
 ROOMS = {
     **dict.fromkeys(["errors", "dtypes", "seeds", "refs", "version"], "foundation"),
     **dict.fromkeys(["config", "merge", "options", "common", "merge_methods"], "compatibility"),
+    "scripts": "cli",
 }
-"""Single files that make up a room though they are not in one folder."""
+"""Files that make up a room though they are not in one folder."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
