@@ -22,7 +22,7 @@ COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "rope_scaling": None,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
@@ -103,7 +103,7 @@ def save_dense(folder: Path, config: dict[str, Any], seed: int = 0, dtype: torch
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
         tensors = dict(model.named_parameters())
         for tensor in tensors.values():
-            tensor.data.add_(0.05 * torch.randn_like(tensor))
+            tensor.data.add_(0.03 * torch.randn_like(tensor))
     save_file({name: tensor.data.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
 
