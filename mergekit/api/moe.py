@@ -65,7 +65,7 @@ def plan_moe(
     from mergekit.moe.build import build_moe_plan
     from mergekit.moe.recipe import load_moe_recipe
     from mergekit.moe.targets import find_target
-    from mergekit.planning.models import is_folder
+    from mergekit.planning.locate import is_folder
 
     options, choices = options or RunOptions(), choices or MoeOptions()
     checked = load_moe_recipe(recipe, allow_all_same=choices.allow_all_same)

@@ -144,8 +144,9 @@ def _load(folder: Path, dtype: Any, *, ours: bool = False) -> Any:
     """The model in ``folder`` and what loading it said. ``ours``: its code is what we put there, and may run."""
     from transformers import AutoModelForCausalLM
 
+    read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = read(
             folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=ours
         )
     except Exception as error:  # transformers raises whatever its parts do
@@ -160,8 +161,9 @@ def _silent_transformers() -> Iterator[None]:
     """No progress bars and no remarks of transformers on the screen."""
     import warnings
 
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mergekit.dtypes import DType
 from mergekit.errors import IncompatibleError
-from mergekit.families.fused import FUSED, parts
+from mergekit.families.fused import FUSED, Part, parts
 from mergekit.families.rope import full_rotary
 from mergekit.moe.dense import Dense, is_mlp
 from mergekit.moe.targets import Target
@@ -83,7 +84,7 @@ class Layout:
             expression = self._rotary(module, made.expression)
             yield dataclasses.replace(made, name=f"{prefix}{module}.weight", expression=expression)
         for part in found:
-            expression = _inside(made.expression, self.dtype, lambda leaf, p=part: Split(leaf, p.start, p.count))
+            expression = _inside(made.expression, self.dtype, partial(_rows, part))
             yield Made(
                 f"{prefix}{part.name}.weight",
                 (part.count, *made.shape[1:]),
@@ -97,6 +98,10 @@ class Layout:
             return expression
         full = full_rotary(self.dense.rope, self.dense.heads.size, self.dense.positions)
         return _inside(expression, self.dtype, lambda leaf: PermuteScale(leaf, full.order, full.factors))
+
+
+def _rows(part: Part, leaf: Leaf) -> Leaf:
+    return Split(leaf, part.start, part.count)
 
 
 def _inside(expression: Expression, dtype: DType, change: Callable[[Leaf], Leaf]) -> Expression:
