@@ -225,7 +225,8 @@ def train(
         losses[:, 0].index_add_(0, domains, by_token.detach().mean(1))
         losses[:, 1].index_add_(0, domains, torch.ones(BATCH))
         if (step + 1) % 50 == 0:
-            means = " ".join(f"{domain} {a / b:.3f}" for domain, (a, b) in zip(DOMAINS, losses.tolist(), strict=True))
+            sums = zip(DOMAINS, losses.tolist(), strict=True)
+            means = " ".join(f"{domain} {a / b:.3f}" for domain, (a, b) in sums if b)
             print(f"{name:5} step {step + 1:5}  {means}  {time.monotonic() - began:6.0f} s", flush=True)
             losses.zero_()
 

@@ -288,3 +288,22 @@ def test_batches_hold_every_token_once_and_keep_lengths_apart():
             assert not boundary or len({bool(n > boundary) for n in counts}) == 1
             seen += index[is_real].tolist()
         assert sorted(seen) == list(range(sum(lengths)))
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path):
+    save(tmp_path, "phi3", {})
+    beyond = Tokens(np.asarray([1, VOCAB]), np.asarray([False, True]))
+    with pytest.raises(IncompatibleError, match=f"token {VOCAB} of a prompt, but the model has {VOCAB} embeddings"):
+        next(capture(FolderWeights(tmp_path), [beyond], "residual"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_an_accelerator_agrees(tmp_path):
+    _, weights, gates = mixture(tmp_path, 3, 2)
+    prompts = prompts_of([9, 23, 4, 14])
+    for what in ("residual", "mlp_input"):
+        found, expected = (captured(weights, prompts, what, device=device) for device in ("cuda", "cpu"))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    found, expected = (route(weights, gates, 2, prompts, device=device).probabilities for device in ("cuda", "cpu"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

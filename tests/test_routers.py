@@ -181,9 +181,9 @@ def test_scale_sets_the_median_gap(gap):
 
 
 def test_when_there_is_enough():
-    assert is_enough(np.asarray([8, 8]), np.asarray([9, 9]))
-    assert is_enough(np.asarray([8, 1]), np.asarray([9, 100]))
-    assert not is_enough(np.asarray([8, 7]), np.asarray([500, 99]))
+    assert is_enough(np.asarray([6, 6]), np.asarray([9, 9]))
+    assert is_enough(np.asarray([6, 1]), np.asarray([9, 50]))
+    assert not is_enough(np.asarray([6, 5]), np.asarray([500, 49]))
     assert gap_for(np.asarray([4, 9])) == 4.0
     assert gap_for(np.asarray([3, 9])) == 1.0
 

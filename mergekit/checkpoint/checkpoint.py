@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mergekit.checkpoint.four_bit import Packed, find_packed
 from mergekit.checkpoint.header import TensorInfo, read_header
 from mergekit.checkpoint.index import find_weights, read_config
 from mergekit.errors import CheckpointError
@@ -30,7 +31,8 @@ class Checkpoint:
     """The tensors of one model folder, and its config.json.
 
     ``tensors`` keeps file order, then order of offsets. ``folder`` is where the small files are.
-    ``pickled`` tensors have no offsets and are read through ``checkpoint.pickles``.
+    ``pickled`` tensors have no offsets and are read through ``checkpoint.pickles``. ``packed`` are those stored in 4
+    bits, by name; ``tables`` names the tensors that only serve to read them.
     """
 
     folder: Path
@@ -39,6 +41,8 @@ class Checkpoint:
     files: tuple[FileIdentity, ...]
     pickled: bool = False
     notices: tuple[str, ...] = field(default=())
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    tables: frozenset[str] = field(default=frozenset())
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -89,7 +93,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
     if not tensors:
         raise CheckpointError(f"{folder}: the weight files hold no tensors; download the model again")
-    refuse_quantized(folder, config, tensors)
+    packed, tables = find_packed(folder, tensors, lambda found: [_bytes(folder, info) for info in found])
+    refuse_quantized(folder, config, {n: i for n, i in tensors.items() if n not in packed and n not in tables})
     return Checkpoint(
-        folder, MappingProxyType(tensors), MappingProxyType(config), tuple(identities), pickled, tuple(notices)
+        folder,
+        MappingProxyType(tensors),
+        MappingProxyType(config),
+        tuple(identities),
+        pickled,
+        tuple(notices),
+        MappingProxyType(packed),
+        tables,
     )
+
+
+def _bytes(folder: Path, info: TensorInfo) -> bytes:
+    """All bytes of a small tensor."""
+    path = folder / info.file
+    if info.offset < 0:
+        import numpy as np
+
+        from mergekit.checkpoint.pickles import PickledTensor
+
+        buffer = np.empty(info.nbytes, np.uint8)
+        PickledTensor(path, info.name).read_into(buffer, 0)
+        return buffer.tobytes()
+    with path.open("rb") as stream:
+        stream.seek(info.offset)
+        return stream.read(info.nbytes)

@@ -12,6 +12,7 @@ from mergekit.version import __version__
 _COMMANDS = {
     "merge": "Merge the models of a recipe into a folder.",
     "moe": "Make a mixture of experts from dense models.",
+    "lora": "Bake LoRA adapters into models.",
     "plan": "Print what merging a recipe would do.",
     "methods": "List or explain the merge methods.",
     "warmup": "Compile the CPU kernels ahead of the first merge.",

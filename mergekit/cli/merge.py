@@ -33,6 +33,11 @@ def merge(config_file: str, out_path: str, dry_run: bool, merge_options: Any) ->
 
     The same command continues a run that was interrupted.
     """
+    merge_recipe(config_file, out_path, dry_run, merge_options)
+
+
+def merge_recipe(recipe: str | dict[str, Any], out_path: str, dry_run: bool, merge_options: Any) -> None:
+    """Plan a recipe, a path or a mapping, and run it unless ``dry_run``; say what is done."""
     from mergekit import api
 
     started = time.monotonic()
@@ -40,7 +45,7 @@ def merge(config_file: str, out_path: str, dry_run: bool, merge_options: Any) ->
     if not out_path:
         raise UsageError("OUT_PATH is empty; give a folder for the output")
     api.check_writable(Path(out_path), options)
-    plan = api.plan(config_file, options, fetch=not dry_run)
+    plan = api.plan(recipe, options, fetch=not dry_run)
     quiet = merge_options.quiet
     if dry_run:
         click.echo("\n".join(plan_lines(plan, options)))

@@ -95,6 +95,8 @@ def _part(plan: Plan, number: int) -> str:
         parts += [f"expert {e}" for e, source in enumerate(plan.mixture.experts) if source == number]
     if plan.sources[number].prepared:
         parts.append("made first")
+    if plan.sources[number].adapter:
+        parts.append("adapter")
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -3,8 +3,8 @@
 Here: threads, devices, progress. Not here: decisions (``planning``), files of the output (``output``).
 """
 
-from mergekit.execute.memory import buffer_bytes
+from mergekit.execute.memory import buffer_bytes, forms
 from mergekit.execute.threads import default_threads, run_threads
 from mergekit.execute.work import Sink
 
-__all__ = ["Sink", "buffer_bytes", "default_threads", "run_threads"]
+__all__ = ["Sink", "buffer_bytes", "default_threads", "forms", "run_threads"]

@@ -8,10 +8,21 @@ from __future__ import annotations
 import numpy as np
 
 from mergekit.dtypes import F8_E4M3, F32
-from mergekit.execute.inputs import Inputs, Reader
-from mergekit.planning.plan import Dequantize, Leaf, Noise, PermuteScale, Split, row_size
+from mergekit.execute.adapted import BakeReader, Dequantize4Reader, Quantize4Reader
+from mergekit.execute.inputs import Inputs, Reader, read_floats
+from mergekit.planning.plan import (
+    Bake,
+    Dequantize,
+    Dequantize4,
+    Leaf,
+    Noise,
+    PermuteScale,
+    Quantize4,
+    Split,
+    row_size,
+)
 
-__all__ = ["derived_reader", "read_floats"]
+__all__ = ["derived_reader"]
 
 
 def derived_reader(inputs: Inputs, leaf: Leaf) -> Reader:
@@ -22,20 +33,14 @@ def derived_reader(inputs: Inputs, leaf: Leaf) -> Reader:
         return _Fp8Reader(inputs, leaf)
     if isinstance(leaf, PermuteScale):
         return _PermuteReader(inputs.reader(leaf.input), leaf)
+    if isinstance(leaf, Bake):
+        return BakeReader(inputs, leaf)
+    if isinstance(leaf, Quantize4):
+        return Quantize4Reader(inputs, leaf)
+    if isinstance(leaf, Dequantize4):
+        return Dequantize4Reader(inputs, leaf)
     assert isinstance(leaf, Noise)
     return _NoiseReader(inputs.reader(leaf.input), leaf)
-
-
-def read_floats(reader: Reader, start: int, count: int, out: np.ndarray) -> None:
-    """Elements ``start .. start + count`` of any reader into ``out`` (float32 [count], contiguous)."""
-    from mergekit.kernels import codec
-
-    if reader.dtype == F32:
-        reader.read(start, count, out.view(np.uint8))
-        return
-    raw = np.empty(count * reader.dtype.size, np.uint8)
-    reader.read(start, count, raw)
-    codec.decode(raw, codec.CODES[reader.dtype], 0, count, out)
 
 
 class _SplitReader:

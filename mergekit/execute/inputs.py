@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from mergekit.checkpoint.positional import read_at
-from mergekit.dtypes import DType
+from mergekit.dtypes import F32, DType
 from mergekit.errors import CheckpointError
 from mergekit.planning.plan import Leaf, Plan, Read
 
-__all__ = ["Inputs", "Reader"]
+__all__ = ["Inputs", "Reader", "read_floats"]
 
 
 class Reader(Protocol):
@@ -29,6 +29,18 @@ class Reader(Protocol):
     def read(self, start: int, count: int, row: np.ndarray) -> None:
         """Fill the head of ``row`` (uint8) with elements ``start .. start + count``."""
         ...
+
+
+def read_floats(reader: Reader, start: int, count: int, out: np.ndarray) -> None:
+    """Elements ``start .. start + count`` of any reader into ``out`` (float32 [count], contiguous)."""
+    from mergekit.kernels import codec
+
+    if reader.dtype == F32:
+        reader.read(start, count, out.view(np.uint8))
+        return
+    raw = np.empty(count * reader.dtype.size, np.uint8)
+    reader.read(start, count, raw)
+    codec.decode(raw, codec.CODES[reader.dtype], 0, count, out)
 
 
 class Inputs:

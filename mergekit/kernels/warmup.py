@@ -8,11 +8,11 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from mergekit.kernels import cpu
+from mergekit.kernels import cpu, four_bit, lora
 
 __all__ = ["FORMS", "cold_forms", "warm_up"]
 
-FORMS = ("span", "sparse")
+FORMS = ("span", "sparse", "adapters")
 """The families of kernels that are compiled together."""
 
 
@@ -38,6 +38,15 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
             cpu.weighted_sum(rows, codes, ones, count, out, 0)
             cpu.weighted_delta_sum(rows, codes, ones, 0, count, out, 0)
             cpu.gram(rows, codes, -1, count, np.zeros((2, 2)))
+        elif form == "adapters":
+            values, scales = np.zeros(128, np.float32), np.ones(2, np.float32)
+            lora.add_product(values, 0, 64, np.zeros((2, 1), np.float32), np.zeros((1, 64), np.float32), ones[0])
+            lora.multiply(values, 0, 64, True, scales)
+            lora.add_squares(values, 0, 64, True, np.zeros(2))
+            table, bounds = four_bit.levels("nf4")
+            four_bit.largest(values, 64, scales)
+            four_bit.requantize(values, 64, table, bounds, scales, 0)
+            four_bit.unpack(rows[0], 0, 64, table, scales, 0, values)
         else:
             flags, whole = np.ones(2, np.bool_), np.zeros(2, np.int64)
             words, keys = np.zeros(2, np.uint32), np.zeros((2, 2), np.uint32)

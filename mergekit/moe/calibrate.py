@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit.errors import NonFiniteError
-from mergekit.moe.forward import EMBEDDINGS, Weights, capture, route
+from mergekit.moe.forward import Weights, capture, embeddings_of, route
 from mergekit.moe.prompts import Prompt, PromptSet, Tokens, tokenise
 from mergekit.moe.report import RoutingReport, routing_report
 from mergekit.moe.routers import (
+    MIN_PROMPTS,
+    MIN_TOKENS,
     SHRINKAGE,
     discriminant_rows,
     gap_for,
@@ -32,8 +34,8 @@ __all__ = ["Calibration", "calibrate", "degenerate_layers", "measure"]
 OnLayer = Callable[[int, int], None]
 """Told each finished layer and the number of layers."""
 _Group = tuple[int, bool, tuple[Prompt, ...]]
-_MAX_TOKENS = 16384
-"""Tokens that go through the model together: what is kept of them is 2 x 200 MB at a hidden size of 3,072."""
+_MAX_TOKENS = 8192
+"""Tokens that go through the model together: what is kept of them is 2 x 100 MB at a hidden size of 3,072."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,10 +161,9 @@ def degenerate_layers(gates: NDArray[np.float32], gate_mode: str) -> tuple[int, 
 
 def _embedding_rows(weights: Weights, sample: _Sample, experts: int) -> NDArray[np.float32]:
     """The direction of the sum of the prompts' embeddings (``cheap_embed``), [experts, hidden]."""
-    distinct, place = np.unique(np.concatenate([p.ids for p in sample.prompts]), return_inverse=True)
-    table = weights.rows(EMBEDDINGS, distinct.tolist()).float().numpy()
-    parts = np.split(place.reshape(-1), np.cumsum(sample.lengths)[:-1])
-    sums = np.stack([table[part].sum(0, dtype=np.float64) for part in parts])
+    table, place = embeddings_of(weights, sample.prompts)
+    parts = np.split(place, np.cumsum(sample.lengths)[:-1])
+    sums = np.stack([table.numpy()[part].sum(0, dtype=np.float64) for part in parts])
     return unit_rows(sums, sample.expert, sample.is_negative, experts, unit_sums=True)
 
 
@@ -188,12 +189,17 @@ def _discriminants(
     if shrinkage is None:
         few = int(np.argmin(tokens))
         notes.append(
-            f"routers from plain means: expert {few} has {prompts[few]} prompts of {tokens[few]} tokens in all; with 8 "
-            f"prompts or 100 tokens for every expert the spread of tokens is used too"
+            f"routers from means of prompts: expert {few} has {prompts[few]} prompts of {tokens[few]} tokens in all; "
+            f"from {MIN_PROMPTS} prompts or {MIN_TOKENS} tokens for every expert on, the spread of tokens counts too"
         )
     for features in capture(weights, sample.prompts, "mlp_input", device=device):
         seen = features[sample.counts]
-        rows = discriminant_rows(seen, expert, is_negative, experts, shrinkage)
+        if shrinkage is None:
+            # A long prompt would outweigh the few others.
+            means = prompt_means(seen, sample.counted)
+            rows = discriminant_rows(means, sample.expert, sample.is_negative, experts, None)
+        else:
+            rows = discriminant_rows(seen, expert, is_negative, experts, shrinkage)
         yield scale_to_gap(rows, seen[~is_negative], gap)
 
 

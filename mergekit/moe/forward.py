@@ -9,7 +9,6 @@ This needs layers of the form h = h + attention(norm(h)); h = h + mlp(norm(h)): 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit.errors import CheckpointError, IncompatibleError, RunError
-from mergekit.families.config import layer_count
+from mergekit.families.config import layer_count, vocab_size
 from mergekit.families.rope import read_rope
 from mergekit.moe.prompts import Tokens
 
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
-__all__ = ["EMBEDDINGS", "MODEL_TYPES", "Routes", "Weights", "capture", "route"]
+__all__ = ["MODEL_TYPES", "Routes", "Weights", "capture", "embeddings_of", "route"]
 
 MODEL_TYPES = ("phi3", "llama", "mistral")
-EMBEDDINGS = "model.embed_tokens.weight"
+_EMBEDDINGS = "model.embed_tokens.weight"
 BATCH_TOKENS = 1024
 """Tokens, padding included, that go through a layer at once: activations stay near 200 MB at Phi-3-mini's sizes."""
 _NO_IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
@@ -133,6 +132,21 @@ def route(
     return Routes(np.stack(chosen), np.stack(probabilities))
 
 
+def embeddings_of(weights: Weights, prompts: Sequence[Tokens]) -> tuple[Tensor, NDArray[np.int64]]:
+    """The embeddings of the prompts' distinct tokens, float32 [distinct, hidden], and for each token in a row its own.
+
+    Each embedding is read once. IncompatibleError if the tokenizer makes tokens that the model has no embedding for.
+    """
+    distinct, place = np.unique(np.concatenate([p.ids for p in prompts]), return_inverse=True)
+    vocabulary = vocab_size(weights.config)
+    if vocabulary is not None and distinct[-1] >= vocabulary:
+        raise IncompatibleError(
+            f"the base's tokenizer makes token {distinct[-1]} of a prompt, but the model has {vocabulary} embeddings; "
+            f"put the tokenizer that belongs to the model into its folder"
+        )
+    return weights.rows(_EMBEDDINGS, distinct.tolist()).float(), place.reshape(-1)
+
+
 class _Stream:
     """The residual stream of all prompts, ``state`` [tokens, hidden], and the one layer that it is moved through."""
 
@@ -142,9 +156,8 @@ class _Stream:
         self._weights, self._device, self._batch_tokens = weights, device, batch_tokens
         self._decoder, self._seen, self._mlp = _build(weights.config, device)
         self._batches = list(_batches([len(p.ids) for p in prompts], batch_tokens, _boundary(weights.config)))
-        distinct, place = np.unique(np.concatenate([p.ids for p in prompts]), return_inverse=True)
-        embeddings = weights.rows(EMBEDDINGS, distinct.tolist()).to(device=device, dtype=torch.float32)
-        self.state = embeddings[torch.from_numpy(place.reshape(-1)).to(device)]
+        table, place = embeddings_of(weights, prompts)
+        self.state = table[torch.from_numpy(place)].to(device)
 
     def attend(self, layer: int) -> Tensor:
         """Move the stream through a layer's attention; returns the inputs of its MLP, [tokens, hidden]."""
@@ -159,12 +172,10 @@ class _Stream:
         with torch.inference_mode():
             for index, is_real in self._batches:
                 index, is_real = index.to(self._device), is_real.to(self._device)
-                out = self._decoder(
-                    inputs_embeds=self.state[index], attention_mask=is_real.long(), use_cache=False
-                ).last_hidden_state
-                where = index[is_real]
-                inputs[where] = self._seen.pop()[is_real]
-                self.state[where] = out[is_real]
+                mask = is_real.long()
+                out = self._decoder(inputs_embeds=self.state[index], attention_mask=mask, use_cache=False)
+                inputs[index[is_real]] = self._seen.pop()[is_real]
+                self.state[index[is_real]] = out.last_hidden_state[is_real]
         return inputs
 
     def load_mlp(self, layer: int, read: Callable[[str], Tensor]) -> None:
@@ -280,9 +291,7 @@ def _batches(lengths: Sequence[int], limit: int, boundary: int) -> Iterator[tupl
     while order:
         longest = lengths[order[0]]
         most = max(1, limit // longest)
-        batch = [
-            i for i in itertools.islice(order, most) if not boundary or (lengths[i] > boundary) == (longest > boundary)
-        ]
+        batch = [i for i in order[:most] if not boundary or (lengths[i] > boundary) == (longest > boundary)]
         del order[: len(batch)]
         place = np.arange(longest)
         is_real = place < np.array([[lengths[i]] for i in batch])

@@ -259,7 +259,7 @@ def tokenise(
         if not counts.any():
             raise RecipeError("the prompt has no token that counts: only special tokens, or none", prompt.place)
         found.append(Tokens(ids, counts))
-    remarks = [f"{len(cut)} prompts were cut to their first {MAX_TOKENS} tokens, the first at {cut[0]}"] if cut else []
+    remarks = [f"prompts cut to their first {MAX_TOKENS} tokens: {len(cut)}, first at {cut[0]}"] if cut else []
     return tuple(found), tuple(remarks)
 
 

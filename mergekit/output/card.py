@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from mergekit.methods import get_method
-from mergekit.planning.plan import Plan
+from mergekit.planning.plan import Plan, Source
 
 __all__ = ["hub_names", "model_card", "render", "without_paths"]
 
@@ -65,6 +66,7 @@ def model_card(plan: Plan, title: str) -> str:
     """README.md for the result of ``plan``. ``title`` is usually the name of the output folder."""
     method = get_method(plan.method)
     shorts = [source.short for source in plan.sources]
+    models = [source.short for source in plan.sources if not source.adapter]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
     return render(
         _TEMPLATE,
@@ -72,7 +74,7 @@ def model_card(plan: Plan, title: str) -> str:
         version=plan.version,
         method=method,
         method_name=f"[{method.title}]({method.url})" if method.url else method.title,
-        models=shorts,
+        models=models,
         hub_names=hub_names(plan),
         base=None if plan.base is None else shorts[plan.base],
         donor=shorts[plan.donor],
@@ -91,15 +93,25 @@ def render(template: str, **facts: Any) -> str:
 
 
 def hub_names(plan: Plan) -> list[str]:
-    """The sources that are repositories on the hub."""
-    return [s.short for s in plan.sources if "/" in s.short and not Path(s.reference).exists()]
+    """The models and adapters that are repositories on the hub."""
+    found = [_first(source) for source in plan.sources if not source.prepared]
+    return list(dict.fromkeys(short for path, short in found if "/" in short and not Path(path).exists()))
 
 
 def without_paths(text: str, plan: Plan) -> str:
     """``text`` with each local path of a source replaced by the model's short name."""
+    names = {source.reference: source.short for source in plan.sources}
     for source in plan.sources:
-        if source.reference != source.short:
-            text = text.replace(source.reference, source.short)
-        if len(source.folder) > 1:
-            text = text.replace(source.folder, source.short)
-    return text
+        path, short = _first(source)
+        names.update({path: short, source.folder: short})
+    paths = sorted((p for p in names if len(p) > 1 and p != names[p]), key=len, reverse=True)
+    if not paths:
+        return text
+    # Not inside another word or path: a folder may be called "base".
+    found = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, paths))})(?![\w/-])")
+    return found.sub(lambda match: names[match[1]], text)
+
+
+def _first(source: Source) -> tuple[str, str]:
+    """The path of a source, and the short form of that: of a model with an adapter, the model's own."""
+    return source.reference.partition("+")[0], source.short.partition("+")[0]

@@ -94,8 +94,8 @@ def _chat_template(folder: Path) -> str | None:
 def same_tokenizer(models: Models) -> bool:
     """Whether every model that has a ``tokenizer.json`` has the same one, byte for byte, and all have one."""
     digests = set()
-    for model in models.models:
-        path = model.checkpoint.folder / "tokenizer.json"
+    for position in range(len(models.models)):
+        path = models.tokenizer_of(position)[1] / "tokenizer.json"
         if not path.is_file():
             return False
         digests.add(blake2b(path.read_bytes()).digest())

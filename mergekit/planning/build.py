@@ -9,7 +9,7 @@ from mergekit.checkpoint import read_json
 from mergekit.dtypes import recipe_dtype
 from mergekit.errors import IncompatibleError, nearest
 from mergekit.planning.agree import disagreements, same_tokenizer
-from mergekit.planning.document import files_to_copy, make_config
+from mergekit.planning.document import donor_files, make_config
 from mergekit.planning.express import Expresser
 from mergekit.planning.models import Models, check_architectures, open_recipe
 from mergekit.planning.pack import pack
@@ -40,7 +40,7 @@ class PlanOptions:
 def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     """Everything a run of ``recipe`` will do, from headers and small files only. Refuses what can't be done."""
     models = open_recipe(recipe, cache_dir=options.cache_dir, quiet=options.quiet, fetch=options.fetch)
-    warnings = list(recipe.warnings)
+    warnings = [*recipe.warnings, *models.warnings]
     warnings += check_architectures(models, allow_crimes=options.allow_crimes)
     warnings += _vocabulary_words(recipe, models)
     slots = find_slots(recipe, models)
@@ -49,13 +49,12 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     made = [tensor for slot in slots.slots if (tensor := expresser.make(slot)) is not None]
     if not made:
         raise IncompatibleError("the recipe selects no tensor at all")
-    donor = models[models.donor]
     _check_tokenizer_fits(recipe, models, expresser, options)
     text = recipe.config.out_dtype or recipe.config.dtype
     config, more = make_config(models, slots, made, expresser, recipe_dtype(text) if text else None)
     warnings += expresser.all_warnings() + more + disagreements(models) + _left_out_warning(models, slots)
     outputs, shards, index = pack(made, options.shard_size)
-    notes = list(recipe.notes)
+    notes = [*recipe.notes, *models.notes]
     for model in models.models:
         notes += [f"{model.reference.short}: {notice}" for notice in model.checkpoint.notices]
     if any(read.info.dtype.code == "F64" for output in outputs for read in leaves(output.expression)):
@@ -72,9 +71,7 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         shards=shards,
         config=config or "",
         index=index,
-        files=tuple(
-            (models.donor, name) for name in files_to_copy(donor.checkpoint.folder, tokenizer=options.copy_tokenizer)
-        ),
+        files=donor_files(models, tokenizer=options.copy_tokenizer),
         left_out=slots.left_out,
         warnings=tuple(dict.fromkeys(warnings)),
         notes=tuple(dict.fromkeys(notes)),
@@ -86,9 +83,13 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
 
 def sources_of(models: Models) -> tuple[Source, ...]:
     """The sources of a plan: the models in order, then their adapters."""
-    return tuple(
+    below = tuple(
         Source(str(m.reference), m.reference.short, str(m.checkpoint.folder), m.checkpoint.files, m.checkpoint.pickled)
         for m in models.models
+    )
+    return below + tuple(
+        Source(str(path), path.short, str(adapter.folder), adapter.files, adapter.pickled, adapter=True)
+        for path, adapter in models.adapters
     )
 
 
@@ -131,7 +132,7 @@ def _check_relatives(models: Models, slots: Slots) -> None:
 
 def _check_tokenizer_fits(recipe: Recipe, models: Models, expresser: Expresser, options: PlanOptions) -> None:
     """Refuse to cut embeddings below the token ids that the output's tokenizer produces."""
-    path = models[models.donor].checkpoint.folder / "tokenizer.json"
+    path = models.tokenizer_of(models.donor)[1] / "tokenizer.json"
     if expresser.rows is None or options.unsafe_truncate_embeddings or not path.is_file():
         return
     record = read_json(path)

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.planning.plan import Apply, Cast, Dequantize, Expression, Identical, OutputTensor, Plan, Split, leaves
+from mergekit.planning.plan import (
+    Apply,
+    Bake,
+    Cast,
+    Dequantize,
+    Dequantize4,
+    Expression,
+    Identical,
+    Leaf,
+    OutputTensor,
+    Plan,
+    Quantize4,
+    Read,
+    Split,
+    leaves,
+)
 
 __all__ = ["Group", "describe", "groups"]
 
@@ -59,11 +74,23 @@ def _action(expression: Expression) -> tuple[str, tuple[int, ...]]:
         return expression.method, tuple(next(leaves(leaf)).source for leaf in expression.inputs)
     if isinstance(expression, Identical):
         return "copy if identical", sources
-    if isinstance(expression, Cast):
-        return "copy, cast", sources
-    if isinstance(expression, Dequantize):
-        return "dequantize", sources
-    return ("copy rows" if isinstance(expression, Split) else "copy"), sources
+    steps = list(dict.fromkeys(_steps(expression.input if isinstance(expression, Cast) else expression))) or ["copy"]
+    return ", ".join([*steps, *(["cast"] if isinstance(expression, Cast) and steps[-1] == "copy" else [])]), sources
+
+
+def _steps(leaf: Leaf) -> Iterator[str]:
+    """What is done to a tensor, in the order in which it is done."""
+    if isinstance(leaf, Read):
+        return
+    yield from _steps(leaf.input)
+    if isinstance(leaf, Quantize4):
+        yield f"quantize to {leaf.scheme}"
+    elif isinstance(leaf, Bake):
+        yield "bake"
+    elif isinstance(leaf, Dequantize | Dequantize4):
+        yield "dequantize"
+    elif isinstance(leaf, Split):
+        yield "copy rows"
 
 
 def span_text(values: Sequence[Any]) -> str:

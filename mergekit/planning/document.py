@@ -19,7 +19,7 @@ from mergekit.planning.express import Expresser, Made
 from mergekit.planning.models import Model, Models
 from mergekit.planning.slots import Slots
 
-__all__ = ["TOKENIZER_FILES", "files_to_copy", "make_config"]
+__all__ = ["TOKENIZER_FILES", "donor_files", "files_to_copy", "make_config"]
 
 TOKENIZER_FILES = frozenset(
     ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -114,6 +114,16 @@ def _main_dtype(made: Sequence[Made]) -> DType:
                 size *= length
             shares[tensor.dtype] = shares.get(tensor.dtype, 0) + size
     return max(shares, key=lambda d: shares[d])
+
+
+def donor_files(models: Models, *, tokenizer: bool) -> tuple[tuple[int, str], ...]:
+    """The small files to copy, as (source, name): the donor's, and a tokenizer that fits its embeddings."""
+    source, folder = models.tokenizer_of(models.donor)
+    names = files_to_copy(models[models.donor].checkpoint.folder, tokenizer=tokenizer and source == models.donor)
+    files = [(models.donor, name) for name in names]
+    if tokenizer and source != models.donor:
+        files += [(source, name) for name in files_to_copy(folder, tokenizer=True) if name in TOKENIZER_FILES]
+    return tuple(files)
 
 
 def files_to_copy(folder: Path, *, tokenizer: bool) -> list[str]:

@@ -104,7 +104,8 @@ class Expresser:
 
     def _copy(self, slot: Slot, only: Contribution) -> Made:
         assert only.info is not None
-        return Made(slot.name, only.info.shape, only.info.dtype, Read(only.model, only.info))
+        leaf = leaf_of(self.models, only.model, only.info.name)
+        return Made(slot.name, only.info.shape, only.info.dtype, cast(leaf, only.info.dtype))
 
     def _identical(self, slot: Slot, present: Sequence[Contribution], infos: Sequence[TensorInfo]) -> Made:
         first = infos[0]
@@ -139,8 +140,6 @@ class Expresser:
     def _cut(self, leaf: Leaf, info: TensorInfo, rows: int) -> Leaf:
         if info.shape[0] == rows:
             return leaf
-        if not isinstance(leaf, Read):
-            raise IncompatibleError(f"cannot cut the fp8 tensor {info.name} to {rows} rows; dequantise the model first")
         return Split(leaf, 0, rows)
 
     def _has_vocabulary(self, name: str, present: Sequence[Contribution]) -> bool:

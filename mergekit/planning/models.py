@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergekit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mergekit.adapters import Adapter
+from mergekit.checkpoint import Checkpoint, TensorInfo
 from mergekit.checkpoint.quantized import scale_target
-from mergekit.errors import HubError, IncompatibleError, ModelNotFoundError, RecipeError
+from mergekit.errors import HubError, IncompatibleError, MergekitError, ModelNotFoundError, RecipeError
 from mergekit.families.config import is_tied
 from mergekit.families.layout import Layout, infer_layout, is_embedding, is_head
+from mergekit.planning.adapted import Change, FourBit, adapt
+from mergekit.planning.locate import Locator, is_folder
 from mergekit.recipe import Recipe
-from mergekit.refs import ModelReference
+from mergekit.refs import ModelPath, ModelReference
 
 __all__ = ["Model", "Models", "open_models", "open_recipe"]
 
 
 @dataclass(frozen=True, eq=False)  # no slots: the names below are looked up once
 class Model:
-    """One input model. ``tensors`` leaves out the scales of fp8 weights, which belong to their weights."""
+    """One input model. ``tensors`` are those that it computes with, whatever they look like on disk.
+
+    With an adapter, they are those of the two together: ``changes`` says what gives a tensor that is not simply read,
+    ``four_bit`` which others were quantised, and ``adapter`` is the adapter's position in ``Models.adapters``.
+    ``planning.leaf`` turns a name into what is read.
+    """
 
     reference: ModelReference
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     layout: Layout
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    four_bit: FourBit | None = None
+    adapter: int | None = None
 
     @cached_property
     def embedding(self) -> str | None:
@@ -50,11 +61,15 @@ class Models:
     """All models of a recipe in order of first mention; ``base`` and ``donor`` are positions in it.
 
     The donor (the base, else the first) gives the config, the tokenizer and the names of the output's tensors.
+    ``adapters`` are those of all models, each once; in a plan they are the sources after the models.
     """
 
     models: tuple[Model, ...]
     base: int | None
     donor: int
+    adapters: tuple[tuple[ModelPath, Adapter], ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def position(self, reference: ModelReference) -> int:
         """The position of a reference."""
@@ -63,6 +78,24 @@ class Models:
     def __getitem__(self, position: int) -> Model:
         """The model at ``position``."""
         return self.models[position]
+
+    def tokenizer_of(self, position: int) -> tuple[int, Path]:
+        """The source whose tokenizer fits the model at ``position``, and its folder.
+
+        That is the adapter where it brings embeddings with another number of rows, and a tokenizer.
+        """
+        model = self.models[position]
+        if model.adapter is not None and model.embedding is not None:
+            folder = self.adapters[model.adapter][1].folder
+            change = model.changes.get(model.embedding)
+            is_resized = (
+                change is not None
+                and change.saved is not None
+                and (change.saved.shape[0] != model.checkpoint.tensors[change.of].shape[0])
+            )
+            if is_resized and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+                return len(self.models) + model.adapter, folder
+        return position, model.checkpoint.folder
 
 
 def open_models(
@@ -75,24 +108,28 @@ def open_models(
     quiet: bool = False,
     fetch: bool = True,
 ) -> Models:
-    """Open ``references`` in this order. With ``fetch=False`` hub weights are planned from their headers.
+    """Open ``references`` in this order, adapters included.
 
-    ``place`` says where a recipe names a model; faults point there.
+    ``place`` says where a recipe names a model; faults point there. ``base_quantization``: to what 4-bit numbers the
+    models below adapters are quantised first. With ``fetch=False`` hub weights are planned from their headers.
     """
-    models = []
+    locator = Locator(cache_dir=cache_dir, quiet=quiet, fetch=fetch)
+    models: list[Model] = []
     folders: dict[Path, ModelReference] = {}
+    warnings: list[str] = []
+    notes: list[str] = []
+
+    def fault(error: MergekitError, text: str = "") -> MergekitError:
+        return type(error)(f"{place(reference)}: {text}{error}" if place(reference) else f"{text}{error}")
+
     for reference in references:
-        if reference.lora is not None:
-            raise RecipeError(
-                f"'{reference}': adapters in recipes are not built yet; bake the adapter into the model first",
-                place=place(reference),
-            )
+        path = reference.model
         try:
-            checkpoint = _open(reference, cache_dir, quiet, fetch)
+            checkpoint = locator.checkpoint(path)
+            path = reference.lora or path
+            adapter = locator.adapter(path) if reference.lora else None
         except (ModelNotFoundError, HubError) as error:
-            where = f"{place(reference)}: " if place(reference) else ""
-            here = "" if is_folder(reference) else f"there is no folder '{reference.model.path}' here, and "
-            raise type(error)(f"{where}{here}{error}") from None
+            raise fault(error, locator.explain(path)) from None
         folder = checkpoint.folder.resolve()
         twin = folders.setdefault(folder, reference)
         if twin.model.path != reference.model.path and is_folder(reference):
@@ -100,9 +137,25 @@ def open_models(
                 f"'{reference}' and '{twin}' are the same folder; write it the same way everywhere",
                 place=place(reference),
             )
-        models.append(_model(reference, checkpoint))
+        model = _model(reference, checkpoint)
+        if adapter is not None:
+            try:
+                model, more, remarks = adapt(model, adapter, base_quantization)
+            except IncompatibleError as error:
+                raise fault(error) from None
+            model = dataclasses.replace(model, adapter=[a for _, a in locator.adapters()].index(adapter))
+            warnings += more
+            notes += remarks
+        models.append(model)
     position = None if base is None else references.index(base)
-    return Models(tuple(models), position, position if position is not None else 0)
+    return Models(
+        tuple(models),
+        position,
+        position if position is not None else 0,
+        locator.adapters(),
+        tuple(warnings),
+        tuple(notes),
+    )
 
 
 def open_recipe(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = False, fetch: bool = True) -> Models:
@@ -111,6 +164,7 @@ def open_recipe(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = 
         recipe.config.referenced_models(),
         recipe.config.base_model,
         place=lambda reference: recipe.text.place(_path_of(recipe, reference)),
+        base_quantization=recipe.config.base_quantization,
         cache_dir=cache_dir,
         quiet=quiet,
         fetch=fetch,
@@ -122,29 +176,6 @@ def has_remote_models(recipe: Recipe) -> bool:
     return not all(is_folder(reference) for reference in recipe.config.referenced_models())
 
 
-def is_folder(reference: ModelReference) -> bool:
-    """Whether a reference is to a folder: it exists, or its path has a form that no hub name has."""
-    from mergekit.hub import is_local
-
-    return os.path.isdir(os.path.expanduser(reference.model.path)) or is_local(reference.model)
-
-
-def _open(reference: ModelReference, cache_dir: Path | None, quiet: bool, fetch: bool) -> Checkpoint:
-    from mergekit import hub
-
-    if is_folder(reference):
-        return open_checkpoint(Path(os.path.expanduser(reference.model.path)))
-    repository = None if fetch or hub.is_offline() else hub.open_repository(reference.model, cache_dir=cache_dir)
-    sizes = {f.name: f.size for f in repository.files} if repository else {}
-    if repository is None or not any(name.endswith(".safetensors") for name in sizes):
-        return open_checkpoint(hub.download(reference.model, cache_dir=cache_dir, quiet=quiet))
-    from mergekit.checkpoint.remote import open_remote_headers
-
-    return open_remote_headers(
-        str(reference.model), hub.fetch_small(repository), sizes, lambda *place: hub.read_range(repository, *place)
-    )
-
-
 def _model(reference: ModelReference, checkpoint: Checkpoint) -> Model:
     config = dict(checkpoint.config)
     if reference.override_architecture:
@@ -153,8 +184,15 @@ def _model(reference: ModelReference, checkpoint: Checkpoint) -> Model:
     scales = {n for n in scales if checkpoint.tensors[scale_target(n) or n].dtype.kind == "fp8"}
     quantised = {n.removesuffix("weight") for n, i in checkpoint.tensors.items() if i.dtype.kind == "fp8"}
     activations = {n for n in checkpoint.tensors if n.removesuffix("input_scale") in quantised}
-    tensors = {n: i for n, i in checkpoint.tensors.items() if n not in scales and n not in activations}
+    tables = scales | activations | checkpoint.tables
+    tensors = {n: _logical(checkpoint, i) for n, i in checkpoint.tensors.items() if n not in tables}
     return Model(reference, checkpoint, config, tensors, infer_layout(tensors, config))
+
+
+def _logical(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
+    """A tensor as the model has it; on disk its elements may be packed."""
+    packed = checkpoint.packed.get(info.name)
+    return info if packed is None else dataclasses.replace(info, dtype=packed.dtype, shape=packed.shape)
 
 
 def _path_of(recipe: Recipe, reference: ModelReference) -> tuple[str | int, ...]:

@@ -16,7 +16,9 @@ from mergekit.dtypes import DType
 
 __all__ = [
     "Apply",
+    "Bake",
     "Dequantize",
+    "Dequantize4",
     "Expression",
     "Identical",
     "Leaf",
@@ -25,12 +27,15 @@ __all__ = [
     "OutputTensor",
     "PermuteScale",
     "Plan",
+    "Quantize4",
     "Read",
+    "Scales4",
     "Shard",
     "Source",
     "Split",
     "leaves",
     "row_size",
+    "shape_of",
     "stored",
 ]
 
@@ -83,7 +88,64 @@ class Noise:
     key: tuple[int, int]
 
 
-Leaf = Read | Split | Dequantize | PermuteScale | Noise
+@dataclass(frozen=True, slots=True)
+class Scales4:
+    """The scales of a 4-bit tensor, one for each ``block`` elements: float32, or 8-bit codes with tables of their own.
+
+    ``values`` are the scales or their codes. Where they are codes, ``table`` gives the numbers that codes stand for and
+    ``scales`` a scale for each ``outer`` codes; ``offset`` is added in the end.
+    """
+
+    values: Read
+    block: int
+    table: Read | None = None
+    scales: Read | None = None
+    outer: int = 0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantize4:
+    """A tensor packed into 4 bits an element: what its code stands for times its scale, rounded to ``dtype``; float32.
+
+    ``input`` holds two codes a byte, ``table`` the 16 numbers.
+    """
+
+    input: Read
+    table: Read
+    scales: Scales4
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize4:
+    """What is left of a tensor, cast to ``dtype``, after quantising to 4 bits and back to ``dtype``; float32.
+
+    ``scheme`` is ``nf4``, ``nf4-double`` (the scales are quantised, too) or ``fp4``.
+    """
+
+    input: Leaf
+    scheme: str
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Bake:
+    """A matrix W [out, in] plus its adapter: W + scale B A, with ``a`` [rank, in] and ``b`` [out, rank]; float32.
+
+    With a ``magnitude`` m [out] (DoRA) each row of that is brought to length m. ``transposed``: W is stored [in, out].
+    """
+
+    input: Leaf
+    a: Read
+    b: Read
+    magnitude: Read | None
+    scale: float
+    transposed: bool
+
+
+Leaf = Read | Split | Dequantize | PermuteScale | Noise | Dequantize4 | Quantize4 | Bake
 """What gives the elements of one tensor. Leaves may be nested; all but ``Read`` and ``Split`` give float32."""
 
 
@@ -137,7 +199,7 @@ class Source:
     """One input: the reference as written, its folder, and the state of its weight files.
 
     ``prepared``: not a model but an artefact that the run itself makes first, in the staging folder; its reference
-    holds a digest of everything that it is made from.
+    holds a digest of everything that it is made from. ``adapter``: the adapter of a model, which is a source before it.
     """
 
     reference: str
@@ -146,6 +208,7 @@ class Source:
     files: tuple[FileIdentity, ...]
     pickled: bool = False
     prepared: bool = False
+    adapter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +311,19 @@ def leaves(expression: Expression) -> Iterator[Read]:
             yield from leaves(part)
     else:
         yield from leaves(expression.input)
-        if isinstance(expression, Dequantize):
-            yield expression.scale
+        yield from (read for read in _others(expression) if read is not None)
+
+
+def _others(expression: Leaf | Cast) -> tuple[Read | None, ...]:
+    """What an expression reads besides its input."""
+    if isinstance(expression, Dequantize):
+        return (expression.scale,)
+    if isinstance(expression, Dequantize4):
+        scales = expression.scales
+        return (expression.table, scales.values, scales.table, scales.scales)
+    if isinstance(expression, Bake):
+        return (expression.a, expression.b, expression.magnitude)
+    return ()
 
 
 def stored(leaf: Leaf) -> DType | None:
@@ -259,7 +333,16 @@ def stored(leaf: Leaf) -> DType | None:
     return leaf.info.dtype if isinstance(leaf, Read) else None
 
 
+def shape_of(leaf: Leaf) -> tuple[int, ...]:
+    """The shape of what a leaf gives."""
+    if isinstance(leaf, Read):
+        return leaf.info.shape
+    if isinstance(leaf, Dequantize4):
+        return leaf.shape
+    shape = shape_of(leaf.input)
+    return (leaf.count, *shape[1:]) if isinstance(leaf, Split) else shape
+
+
 def row_size(leaf: Leaf) -> int:
-    """Elements of one row of a leaf: no node changes it."""
-    info = next(leaves(leaf)).info
-    return math.prod(info.shape[1:])
+    """Elements of one row of a leaf."""
+    return math.prod(shape_of(leaf)[1:])

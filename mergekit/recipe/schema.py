@@ -70,11 +70,19 @@ def _whole(value: object) -> object:
     return value
 
 
+def _base_quantization(value: object) -> object:
+    if value not in ("none", "nf4", "nf4-double", "fp4", "auto"):
+        raise ValueError(f"no quantisation '{value}'. Valid: none, nf4, nf4-double, fp4, auto.")
+    return value
+
+
 ScalarOrGradient = float | int | bool | str | list[float | int | bool | str]
 Reference = Annotated[ModelReference, BeforeValidator(_reference), PlainSerializer(lambda r: r.dump(), return_type=Any)]
 ParameterSetting = Annotated[Any, BeforeValidator(_setting)]
 Parameters = dict[str, ParameterSetting]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+BaseQuantization = Annotated[str, BeforeValidator(_base_quantization)]
+"""To what the models below adapters are quantised before the adapters are baked onto them."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 ReferenceText = Annotated[str, BeforeValidator(_reference_text)]
 TokenizerSource = Annotated[Any, BeforeValidator(_tokenizer_source)]
@@ -170,6 +178,7 @@ class MergeConfiguration(Strict):
     tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
     seed: Whole | None = Field(default=None, ge=0, lt=1 << 63)
+    base_quantization: BaseQuantization = "none"
 
     @model_validator(mode="after")
     def _one_form(self) -> MergeConfiguration:

@@ -1,0 +1,149 @@
+"""A QLoRA adapter, trained on a tiny base in 4 bits, then baked: with the base as it was in training, and without.
+
+    python bench/qlora.py                # trains for a minute or two, writes the table into docs/adapters.md
+
+Needs peft, bitsandbytes and accelerate beside mergekit. The adapter (rank 8 on every linear layer) learns arithmetic on
+`models/base` quantised by bitsandbytes. The reference is that quantised base, its weights unpacked by bitsandbytes, with
+the adapter applied by PEFT in float32. Errors are of the logits of held-out text, relative to the reference's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+import mergekit
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "models"))
+
+from corpus import generate_calc  # noqa: E402
+from evaluate import DOMAINS, HELD_OUT, WINDOW, text_loss  # noqa: E402
+
+BASE = ROOT / "models" / "base"
+PAGE = ROOT / "docs" / "adapters.md"
+STEPS, BATCH, RATE = 400, 16, 2e-3
+SCHEMES = {"nf4": False, "nf4-double": True}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A model of a folder."""
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype, **settings)
+
+
+def train(folder: Path, scheme: str) -> None:
+    """Train an adapter on the quantised base, and save it."""
+    torch.manual_seed(0)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=SCHEMES[scheme],
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = load(BASE, torch.bfloat16, quantization_config=settings)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    text = "".join(document.text for document in generate_calc(60_000).train)
+    stream = np.array(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    random = np.random.default_rng(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, betas=(0.9, 0.95))
+    began = time.monotonic()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+        starts = random.integers(0, len(stream) - WINDOW, BATCH)
+        tokens = torch.from_numpy(np.stack([stream[at : at + WINDOW] for at in starts]))
+        tokens[:, 0] = tokenizer.bos_token_id
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"{scheme} step {step + 1}: loss {loss.item():.3f}, {time.monotonic() - began:.0f} s", flush=True)
+    model.save_pretrained(str(folder))
+
+
+def reference(adapter: Path, scheme: str) -> Any:
+    """The base as it was in training, its weights unpacked by bitsandbytes into float32, with PEFT's adapter."""
+    model = load(BASE)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            # The checkpoint is bfloat16, the type in which the base was loaded and is unpacked in training.
+            packed, state = quantize_4bit(
+                module.weight.data.bfloat16(), quant_type="nf4", compress_statistics=SCHEMES[scheme]
+            )
+            module.weight.data = dequantize_4bit(packed, state).float()
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def windows() -> torch.Tensor:
+    """Held-out text of every domain, [windows, WINDOW]."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    rows = []
+    for domain in DOMAINS:
+        text = (HELD_OUT / f"{domain}.txt").read_text(encoding="utf-8")
+        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        rows += [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW, WINDOW)][:12]
+    return torch.tensor(rows)
+
+
+def scores(model: Any, tokens: torch.Tensor, wanted: torch.Tensor | None) -> tuple[str, torch.Tensor]:
+    """A row of the table without its name: error of the logits, agreement, divergence, perplexity."""
+    with torch.inference_mode():
+        logits = model(input_ids=tokens, use_cache=False).logits.double()
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    text = (HELD_OUT / "calc.txt").read_text(encoding="utf-8")
+    perplexity = math.exp(text_loss(model, tokenizer, text)[0])
+    if wanted is None:
+        return f"| 0 | 100 | 0 | {perplexity:.4f} |", logits
+    error = float((logits - wanted).norm() / wanted.norm())
+    same = 100 * float((logits.argmax(-1) == wanted.argmax(-1)).double().mean())
+    log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return f"| {error:.1e} | {same:.1f} | {divergence:.1e} | {perplexity:.4f} |", logits
+
+
+def table(folder: Path, scheme: str) -> list[str]:
+    """Train, bake in several ways, and compare."""
+    train(folder / "adapter", scheme)
+    tokens = windows()
+    row, wanted = scores(reference(folder / "adapter", scheme), tokens, None)
+    lines = [f"| quantised base + adapter ({scheme}): the reference {row}"]
+    model = {"model": {"model": str(BASE), "lora": str(folder / "adapter")}}
+    for asked, dtype in ((scheme, "float32"), (scheme, "float16"), (scheme, "bfloat16"), ("none", "float16")):
+        recipe = {"merge_method": "passthrough", "models": [model], "base_quantization": asked, "dtype": dtype}
+        out = mergekit.run_merge(recipe, folder / f"{asked}-{dtype}")
+        name = f"`base_quantization: {asked}`, stored as {dtype}" if asked != "none" else f"naive (`none`), {dtype}"
+        lines.append(f"| {name} {scores(load(out).eval(), tokens, wanted)[0]}")
+    return lines
+
+
+def main() -> None:
+    """Print the table, and put it into the page."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    lines = ["| model | relative error of logits | same first choice, % | KL divergence | perplexity (arithmetic) |",
+             "|---|---:|---:|---:|---:|"]  # fmt: skip
+    for scheme in SCHEMES:
+        with tempfile.TemporaryDirectory() as folder:
+            lines += table(Path(folder), scheme)
+    print("\n".join(lines))
+    if PAGE.exists():
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- bench/qlora.py -->\n")
+        after = rest.partition("<!-- end -->")[2]
+        PAGE.write_text(f"{before}<!-- bench/qlora.py -->\n" + "\n".join(lines) + f"\n<!-- end -->{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Where a reference leads: a folder here, or a repository on the hub, opened as a checkpoint or an adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mergekit.adapters import Adapter, open_adapter
+from mergekit.adapters.adapter import WEIGHTS
+from mergekit.checkpoint import Checkpoint, open_checkpoint
+from mergekit.refs import ModelPath, ModelReference
+
+__all__ = ["Locator", "is_folder"]
+
+
+def is_folder(reference: ModelReference) -> bool:
+    """Whether nothing of a reference comes from the hub: model and adapter exist here, or have paths of folders."""
+    return all(map(_is_folder, filter(None, (reference.model, reference.lora))))
+
+
+def _is_folder(path: ModelPath) -> bool:
+    from mergekit.hub import is_local
+
+    return os.path.isdir(os.path.expanduser(path.path)) or is_local(path)
+
+
+class Locator:
+    """Opens each path once. Without ``fetch``, weights on the hub are known by their headers."""
+
+    def __init__(self, *, cache_dir: Path | None, quiet: bool, fetch: bool) -> None:
+        self._cache_dir, self._quiet, self._fetch = cache_dir, quiet, fetch
+        self._checkpoints: dict[ModelPath, Checkpoint] = {}
+        self._adapters: dict[ModelPath, Adapter] = {}
+
+    def checkpoint(self, path: ModelPath) -> Checkpoint:
+        """The model at ``path``."""
+        if path not in self._checkpoints:
+            self._checkpoints[path] = self._open_checkpoint(path)
+        return self._checkpoints[path]
+
+    def adapter(self, path: ModelPath) -> Adapter:
+        """The adapter at ``path``."""
+        if path not in self._adapters:
+            self._adapters[path] = self._open_adapter(path)
+        return self._adapters[path]
+
+    def adapters(self) -> tuple[tuple[ModelPath, Adapter], ...]:
+        """Every adapter that was opened, in order."""
+        return tuple(self._adapters.items())
+
+    def explain(self, path: ModelPath) -> str:
+        """What to say before a fault of the hub, for a path that might have been meant as a folder."""
+        return "" if _is_folder(path) else f"there is no folder '{path.path}' here, and "
+
+    def _open_checkpoint(self, path: ModelPath) -> Checkpoint:
+        from mergekit import hub
+
+        if _is_folder(path):
+            return open_checkpoint(Path(os.path.expanduser(path.path)))
+        repository = None if self._fetch or hub.is_offline() else hub.open_repository(path, cache_dir=self._cache_dir)
+        sizes = {f.name: f.size for f in repository.files} if repository else {}
+        if repository is None or not any(name.endswith(".safetensors") for name in sizes):
+            return open_checkpoint(hub.download(path, cache_dir=self._cache_dir, quiet=self._quiet))
+        from mergekit.checkpoint.remote import open_remote_headers
+
+        return open_remote_headers(
+            str(path), hub.fetch_small(repository), sizes, lambda *place: hub.read_range(repository, *place)
+        )
+
+    def _open_adapter(self, path: ModelPath) -> Adapter:
+        from mergekit import hub
+
+        if _is_folder(path):
+            return open_adapter(Path(os.path.expanduser(path.path)))
+        repository = None if self._fetch or hub.is_offline() else hub.open_repository(path, cache_dir=self._cache_dir)
+        sizes = {f.name: f.size for f in repository.files} if repository else {}
+        if repository is None or WEIGHTS[0] not in sizes:
+            return open_adapter(hub.download(path, cache_dir=self._cache_dir, quiet=self._quiet))
+        from mergekit.checkpoint.remote import remote_header
+
+        header = remote_header(
+            str(path), WEIGHTS[0], sizes[WEIGHTS[0]], lambda *place: hub.read_range(repository, *place)
+        )
+        return open_adapter(hub.fetch_small(repository), header)
