@@ -181,9 +181,8 @@ PACKED: dict[str, tuple[dict[str, Array], Any, str]] = {
     "GPTQ": ({".qweight": INT32, ".qzeros": INT32, ".scales": ROWS, ".g_idx": INT32}, {"quant_method": "gptq"}, "GPTQ"),
     "AWQ": ({".qweight": INT32, ".qzeros": INT32, ".scales": ROWS}, {"quant_method": "awq"}, "AWQ"),
     "GPTQ or AWQ, unsaid": ({".qweight": INT32, ".qzeros": INT32, ".scales": ROWS}, None, "GPTQ or AWQ"),
-    "bitsandbytes 4-bit": (
-        {".weight": BYTES, ".weight.absmax": BYTES, ".weight.quant_map": ROWS,
-         ".weight.quant_state.bitsandbytes__nf4": BYTES},
+    "bitsandbytes 4-bit without its description": (
+        {".weight": BYTES, ".weight.absmax": BYTES, ".weight.quant_map": ROWS},
         {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes",
     ),
     "bitsandbytes 4-bit, unsaid": ({".weight": BYTES, ".weight.absmax": ROWS}, None, "bitsandbytes 4-bit"),

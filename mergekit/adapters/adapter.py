@@ -48,6 +48,11 @@ class Patch:
     saved: TensorInfo | None = None
     product: LowRank | None = None
 
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The adapter's tensors that the patch is made of."""
+        product = () if self.product is None else (self.product.a, self.product.b, self.product.magnitude)
+        return tuple(info for info in (self.saved, *product) if info is not None)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:

@@ -220,7 +220,7 @@ def _tokenizer(made: MoePlan, choices: MoeOptions) -> Any:
     source = made.plan.sources[made.plan.donor]
     try:
         return AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=choices.trust_remote_code, local_files_only=True
+            made.tokenizer, trust_remote_code=choices.trust_remote_code, local_files_only=True
         )
     except Exception as error:  # transformers raises whatever its parts do
         raise UsageError(

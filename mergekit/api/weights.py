@@ -32,11 +32,11 @@ class PlanWeights:
 
     def tensor(self, name: str) -> Tensor:
         """A shared tensor, or one of the dense MLPs, by its dense name."""
-        return _compute(self._made.plan, self._made.shared[name], self._threads)
+        return _compute(self._made.plan, [self._made.shared[name]], self._threads)[0]
 
     def expert(self, expert: int, name: str) -> Tensor:
         """A tensor of an expert's MLPs, by its dense name."""
-        return _compute(self._made.plan, self._made.experts[expert][name], self._threads)
+        return _compute(self._made.plan, [self._made.experts[expert][name]], self._threads)[0]
 
     def rows(self, name: str, ids: Sequence[int]) -> Tensor:
         """The rows ``ids`` of a shared tensor, [len(ids), columns]; where possible nothing else of it is read."""
@@ -45,26 +45,27 @@ class PlanWeights:
         made = self._made.shared[name]
         leaf = made.expression.input if isinstance(made.expression, Cast) else made.expression
         if isinstance(leaf, Apply | Identical):
-            return _compute(self._made.plan, made, self._threads)[torch.as_tensor(ids)]
-        found: dict[int, Tensor] = {}
-        for row in ids:
-            if row not in found:
-                part = Split(leaf, int(row), 1)
-                expression = Cast(part) if isinstance(made.expression, Cast) else part
-                one = dataclasses.replace(made, shape=(1, *made.shape[1:]), expression=expression)
-                found[row] = _compute(self._made.plan, one, 1)[0]
-        return torch.stack([found[row] for row in ids])
+            return _compute(self._made.plan, [made], self._threads)[0][torch.as_tensor(ids)]
+        distinct = list(dict.fromkeys(int(row) for row in ids))
+        parts = [Split(leaf, row, 1) for row in distinct]
+        row = dataclasses.replace(made, shape=(1, *made.shape[1:]))
+        wanted = [
+            dataclasses.replace(row, name=str(n), expression=Cast(p) if isinstance(made.expression, Cast) else p)
+            for n, p in zip(distinct, parts, strict=True)
+        ]
+        found = dict(zip(distinct, _compute(self._made.plan, wanted, self._threads), strict=True))
+        return torch.cat([found[int(row)] for row in ids])
 
 
 class _Memory:
-    """A sink that keeps one tensor in memory."""
+    """A sink that keeps tensors in memory, by name."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.data = np.empty(nbytes, np.uint8)
+    def __init__(self, outputs: Sequence[OutputTensor]) -> None:
+        self.data = {output.name: np.empty(output.nbytes, np.uint8) for output in outputs}
 
     def write(self, output: OutputTensor, start: int, data: np.ndarray) -> None:
         """Keep ``data``."""
-        self.data[start : start + len(data)] = data
+        self.data[output.name][start : start + len(data)] = data
 
     def finish(self, output: OutputTensor, checksum: int) -> None:
         """Nothing to record."""
@@ -73,13 +74,14 @@ class _Memory:
         """The run that writes the tensor says it."""
 
 
-def _compute(plan: Plan, made: Made, threads: int | None) -> Tensor:
+def _compute(plan: Plan, made: Sequence[Made], threads: int | None) -> list[Tensor]:
     import torch
 
     from mergekit.execute import run_threads
 
-    nbytes = math.prod(made.shape) * made.dtype.size
-    output = OutputTensor(made.name, made.shape, made.dtype, "", 0, nbytes, made.expression)
-    sink = _Memory(nbytes)
-    run_threads(dataclasses.replace(plan, allow_nonfinite=True), sink, outputs=[output], threads=threads)
-    return torch.from_numpy(sink.data).view(getattr(torch, made.dtype.name)).reshape(made.shape)
+    outputs = [
+        OutputTensor(m.name, m.shape, m.dtype, "", 0, math.prod(m.shape) * m.dtype.size, m.expression) for m in made
+    ]
+    sink = _Memory(outputs)
+    run_threads(dataclasses.replace(plan, allow_nonfinite=True), sink, outputs=outputs, threads=threads)
+    return [torch.from_numpy(sink.data[m.name]).view(getattr(torch, m.dtype.name)).reshape(m.shape) for m in made]

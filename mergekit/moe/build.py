@@ -22,7 +22,7 @@ from mergekit.moe.recipe import MoeRecipe
 from mergekit.moe.targets import Counts, Target
 from mergekit.planning.agree import disagreements
 from mergekit.planning.build import PlanOptions, sources_of
-from mergekit.planning.document import files_to_copy
+from mergekit.planning.document import donor_files
 from mergekit.planning.express import Expresser, Made
 from mergekit.planning.leaf import cast, leaf_of, patched
 from mergekit.planning.models import Model, Models, open_models
@@ -63,10 +63,12 @@ class MoePlan:
     """A plan, and what is needed to make its routers: the dense model that a token meets before each router.
 
     ``shared`` holds the dense model that the experts share, MLPs included, by its own names; ``experts`` the MLPs of
-    each expert by the same names. All are in the output's element type, ``dtype``.
+    each expert by the same names. All are in the output's element type, ``dtype``. ``tokenizer`` is the folder of one
+    that fits the embeddings.
     """
 
     plan: Plan
+    tokenizer: Path
     recipe: MoeRecipe
     dense: Dense
     dtype: DType
@@ -109,7 +111,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
     entries = target.config(dense, counts)
     set_dtype(entries, dtype)
     warnings += [*disagreements(models), *_remarks(recipe, models, positions)]
-    copied = files_to_copy(models[0].checkpoint.folder, tokenizer=options.copy_tokenizer)
+    copied = donor_files(models, tokenizer=options.copy_tokenizer)
     how_shared = config.attention if isinstance(config.attention, str) else config.attention.merge_method
     plan = Plan(
         version=__version__,
@@ -122,11 +124,12 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         shards=shards,
         config=json.dumps(entries, indent=2, ensure_ascii=False) + "\n",
         index=index,
-        files=tuple((0, name) for name in copied if not name.endswith(".py")),
+        files=tuple((source, name) for source, name in copied if not name.endswith(".py")),
         left_out=tuple(_left_out(models, made)),
-        warnings=tuple(dict.fromkeys([*recipe.warnings, *recipe.shared.warnings, *warnings])),
+        warnings=tuple(dict.fromkeys([*recipe.warnings, *recipe.shared.warnings, *models.warnings, *warnings])),
         notes=(
             *target.notices(dense, counts),
+            *models.notes,
             *remarks,
             *(f"{m.reference.short}: {notice}" for m in models.models for notice in m.checkpoint.notices),
         ),
@@ -137,7 +140,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         device=options.device,
         allow_nonfinite=options.allow_nonfinite,
     )
-    return MoePlan(plan, recipe, dense, dtype, target, routers, prompts, shared, experts)
+    return MoePlan(plan, models.tokenizer_of(0)[1], recipe, dense, dtype, target, routers, prompts, shared, experts)
 
 
 def _shared(recipe: MoeRecipe, models: Models, options: PlanOptions, dtype: DType) -> tuple[dict[str, Made], list[str]]:
@@ -261,14 +264,20 @@ def _left_out(models: Models, made: Iterable[Made]) -> Iterator[tuple[int, str, 
     used = {(read.source, read.info.name) for tensor in made for read in leaves(tensor.expression)}
     for position, model in enumerate(models.models):
         for name, info in model.tensors.items():
-            if (position, name) in used:
-                continue
+            change = model.changes.get(name)
+            if (position, name) in used or (change is not None and change.saved is not None):
+                continue  # what an adapter brings instead is the adapter's
             if is_derived_buffer(name, info.shape):
                 yield position, name, "a buffer that the config determines"
             elif is_mlp(name):
                 yield position, name, "the layer's MLP is replaced by experts"
             else:
                 yield position, name, "experts give their MLPs only"
+    for number, (_, adapter) in enumerate(models.adapters, start=len(models.models)):
+        for patch in adapter.patches.values():
+            for part in patch.tensors():
+                if (number, part.name) not in used:
+                    yield number, part.name, "experts can't hold this part of the adapter"
 
 
 def _digest(recipe: MoeRecipe, plan_sources: tuple[Source, ...], facts: tuple[object, ...]) -> str:

@@ -232,7 +232,7 @@ def _build(config: Mapping[str, Any], device: str) -> tuple[Any, list[Tensor], M
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
             f"transformers {transformers.__version__} can't run this {kind} model ({reason}); "
-            f"try a newer transformers, or another gate_mode: {_REMEDY}"
+            f"try a newer transformers; {_REMEDY}"
         ) from error
 
 
