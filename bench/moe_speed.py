@@ -75,7 +75,6 @@ def peak_of(command: list[str]) -> int:
         "import runpy, sys, atexit\n"
         "atexit.register(lambda: print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0], "
         "file=sys.stderr))\n"
-        "sys.argv = sys.argv[1:]\n"
         "runpy.run_module('mergekit', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
