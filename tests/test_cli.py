@@ -26,6 +26,7 @@ from files import LAYERS, llama, read_model, write_model, write_recipe
 from mergekit.cli.boundary import plain
 from mergekit.cli.main import _COMMANDS
 from mergekit.cli.merge import merge as merge_command
+from mergekit.cli.moe import moe as moe_command
 from mergekit.cli.plan import plan as plan_command
 from mergekit.cli.show import size
 from mergekit.errors import MergekitError, UsageError
@@ -79,6 +80,7 @@ def both(result: Result) -> str:
 SHOWN = {
     "help": ["--help"],
     "help-merge": ["merge", "--help"],
+    "help-moe": ["moe", "--help"],
     "help-plan": ["plan", "--help"],
     "help-methods": ["methods", "--help"],
     "methods": ["methods"],
@@ -229,6 +231,11 @@ FLAGS = """
 """The options of a merge. A word that changes the result belongs in the recipe, not here."""
 
 
+MOE_FLAGS = """
+--verify --no-verify --i-understand-this-is-not-useful-without-training --load-in-4bit --load-in-8bit
+""".split()  # noqa: SIM905
+
+
 def flags(command: click.Command) -> set[str]:
     options = [p for p in command.params if isinstance(p, click.Option)]
     return {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
@@ -237,7 +244,8 @@ def flags(command: click.Command) -> set[str]:
 def test_the_flags_are_frozen():
     assert flags(merge_command) == {*FLAGS, "--dry-run", "--version"}
     assert flags(plan_command) == {*FLAGS, "--json"}
-    assert list(_COMMANDS) == ["merge", "plan", "methods", "warmup"]
+    assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--version"}
+    assert list(_COMMANDS) == ["merge", "moe", "lora", "plan", "methods", "warmup"]
 
 
 COMMON = {
@@ -473,6 +481,7 @@ HEAVY = {"torch", "transformers", "numba", "numpy", "pydantic", "yaml", "hugging
 
 @pytest.mark.parametrize(("module", "args"), [
     ("main", ["mergekit", "--help"]), ("main", ["mergekit", "plan", "--help"]), ("merge", ["mergekit-yaml", "--help"]),
+    ("moe", ["mergekit-moe", "--help"]),
     ("main", ["mergekit", "--version"]),
 ])  # fmt: skip
 def test_help_loads_nothing_heavy(module, args):
