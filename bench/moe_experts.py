@@ -1,6 +1,6 @@
 """Experts for the mixture benchmark, trained from the bundled base: far from it, or in their MLPs only.
 
-    python bench/moe_experts.py                        # both sets, about 20 minutes on one core
+    python bench/moe_experts.py                        # both sets, about half an hour on one core
     python bench/moe_experts.py --only strong/calc     # this one
 
 A folder that was trained with the schedule below is left as it is. The gentle set needs no training: it is

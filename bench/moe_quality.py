@@ -42,6 +42,12 @@ RANDOM_MODES = GATE_MODES[:2]
 PERPLEXITIES = [*(f"{domain} ppl" for domain in DOMAINS), "mean"]
 SHARED = ("base", "average")
 TOP = (1, 2)
+MERGED = {
+    "task_arithmetic, weight 0.17": {"merge_method": "task_arithmetic", "parameters": {"weight": 0.17}},
+    "task_arithmetic, weight 0.5": {"merge_method": "task_arithmetic", "parameters": {"weight": 0.5}},
+    "ties, density 0.5": {"merge_method": "ties", "parameters": {"weight": 1, "density": 0.5}},
+}
+"""Merge methods for the shared weights; task_arithmetic at a third is the average."""
 
 EXAMPLES = {
     "code": [
@@ -121,7 +127,7 @@ class Mixture:
             "base_model": str(BASE),
             "gate_mode": self.gate_mode,
             "experts_per_token": self.top,
-            "attention": self.attention,
+            "attention": MERGED.get(self.attention, self.attention),
             "architecture": "mixtral",
             "dtype": "bfloat16",
             "experts": entries,
@@ -237,7 +243,8 @@ def mixtures() -> list[Mixture]:
         for mode in GATE_MODES
     ]
     written = ("examples", "requests")
-    return found + [Mixture(m, kind, "base", 2) for kind in written for m in GATE_MODES if m not in RANDOM_MODES]
+    found += [Mixture(m, kind, "base", 2) for kind in written for m in GATE_MODES if m not in RANDOM_MODES]
+    return found + [Mixture("router_input", "snippets", name, 2) for name in MERGED]
 
 
 def mixture_rows(
@@ -279,6 +286,10 @@ def measure(kind: str, prompts: Mapping[str, Mapping[str, list[str]]], tokenizer
         "",
         *written(mixed),
         "",
+        "`router_input`, top 2, snippets, by where the shared weights come from:",
+        "",
+        *merged(mixed),
+        "",
     ]
     return "\n".join(lines)
 
@@ -305,6 +316,13 @@ def full(mixed: Mapping[Mixture, Score], shared: str) -> list[str]:
             by_layer = " ".join(f"{100 * share:.0f}" for share in result.by_layer)
             rows.append([mixture.gate_mode, str(mixture.top), *figures(result), *shares, by_layer])
     return table(head, rows)
+
+
+def merged(mixed: Mapping[Mixture, Score]) -> list[str]:
+    """One row for each way of making the shared weights."""
+    names = (*SHARED, *MERGED)
+    rows = [[name, *figures(mixed[Mixture("router_input", "snippets", name, 2)])] for name in names]
+    return table(["attention", *PERPLEXITIES], rows)
 
 
 def written(mixed: Mapping[Mixture, Score]) -> list[str]:

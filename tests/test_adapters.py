@@ -31,7 +31,7 @@ from files import (
 from lora_files import MODULES, PREFIX, dora, expected, lora, low_rank, write_adapter
 from mergekit.execute import run_threads, work
 from mergekit.output import STAGING
-from test_cli import same_as_snapshot
+from test_cli import FLAGS, flags, same_as_snapshot
 from test_same_bytes import Collect, interrupt_after
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -513,7 +513,7 @@ def damaged(**changes: Any) -> Mapping[str, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
-    "another kind": ({"peft_type": "IA3"}, 1, ("this is a IA3 adapter", "only LoRA")),
+    "another kind": ({"peft_type": "IA3"}, 1, ("is of the kind 'IA3'", "only LoRA")),
     "no kind": ({"peft_type": None}, 1, ("only LoRA",)),
     "rank zero": ({"r": 0}, 1, ("'r' is 0", "a whole number from 1")),
     "rank of text": ({"r": "3"}, 1, ("'r' is '3'",)),
@@ -522,6 +522,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "another rank": ({"r": 4}, 1, ("rank 3 and 3", "the settings say 4")),
     "alpha of text": ({"lora_alpha": "x"}, 1, ("'lora_alpha' is 'x'", "a finite number")),
     "alpha infinite": ({"lora_alpha": math.inf}, 1, ("'lora_alpha' is inf",)),
+    "alpha of many digits": ({"lora_alpha": 10**400}, 1, ("'lora_alpha' is 1000", "a finite number")),
     "alpha not a number": ({"lora_alpha": math.nan}, 1, ("'lora_alpha' is nan",)),
     "alpha in a pattern": ({"alpha_pattern": {"q_proj": None}}, 1, ("alpha_pattern: q_proj",)),
     "rank in a pattern": ({"rank_pattern": {"q_proj": -1}}, 1, ("rank_pattern: q_proj",)),
@@ -684,3 +685,26 @@ def test_options_of_old_commands_are_accepted():
         "--lora-merge-cache",
         "--lora-merge-dtype",
     ]
+
+
+def test_the_flags_of_bake_are_frozen():
+    from mergekit.cli.lora import bake as command
+
+    assert flags(command) == {*FLAGS, "--base-quantization", "--dtype", "--dry-run"}
+
+
+def test_memory_counts_what_is_held_of_an_adapter():
+    from mergekit.api import memory
+
+    big_adapter()
+    plans = [mergekit.plan({"merge_method": "passthrough", "models": [{"model": m}]}) for m in ("base", "base+adapter")]
+    assert memory(plans[1]) > memory(plans[0])
+
+
+def test_names_of_bases_that_say_they_are_quantised():
+    from mergekit.adapters import is_four_bit_name
+
+    assert is_four_bit_name("unsloth/llama-3-8b-bnb-4bit")
+    assert is_four_bit_name("org/model-4Bit")
+    assert not is_four_bit_name("org/model-8b")
+    assert not is_four_bit_name("org/model-GPTQ-4bit")

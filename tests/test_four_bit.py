@@ -354,6 +354,7 @@ HOSTILE: dict[str, tuple[Mapping[str, Array | None], str]] = {
     "a dtype of integers": (state(dtype="int8"), "unknown dtype 'int8'"),
     "a dtype of numbers": (state(dtype=3), "unknown dtype 3"),
     "outer blocks of 0": (state(nested_blocksize=0), "nested_blocksize of 0"),
+    "outer blocks without end": (state(nested_blocksize=10**30), "nested_blocksize of 1000"),
     "an infinite offset": (state(nested_offset=float("inf")), "nested_offset of inf"),
     "few codes": ({"x.weight": ("U8", np.zeros((63, 1), "u1"))}, "needs 64 bytes of codes"),
     "few scales": ({"x.weight.absmax": ("U8", np.zeros(1, "u1"))}, "needs 2 scales"),

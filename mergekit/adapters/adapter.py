@@ -74,7 +74,7 @@ def open_adapter(folder: Path, remote: tuple[dict[str, TensorInfo], FileIdentity
     """
     config = read_adapter_config(folder)
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
-    notices = [f"the adapter's setting '{key}' is unknown and has no effect" for key in config.unknown]
+    notices = [f"the adapter's setting {key!r} is unknown and has no effect" for key in config.unknown]
     if remote is not None:
         tensors, identity = remote
         name = identity.name
@@ -92,7 +92,7 @@ def open_adapter(folder: Path, remote: tuple[dict[str, TensorInfo], FileIdentity
     patches = _patches(folder / name, tensors, config)
     for module in config.saves:
         if not any(patch.saved and f".{module}." in f".{target}" for target, patch in patches.items()):
-            notices.append(f"the adapter saves nothing of '{module}' (modules_to_save); the base's is kept")
+            notices.append(f"the adapter saves nothing of {module!r:.80} (modules_to_save); the base's is kept")
     return Adapter(folder, config, MappingProxyType(patches), (identity,), name.endswith(".bin"), tuple(notices))
 
 

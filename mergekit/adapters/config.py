@@ -42,6 +42,7 @@ _KNOWN = frozenset(
 )  # fmt: skip
 _GROUP_REPEATED = re.compile(r"\)[*+{]")
 _FOUR_BIT = re.compile(r"4-?bit", re.IGNORECASE)
+_OTHER_BITS = re.compile(r"gptq|awq|hqq|aqlm|exl2|mlx|gguf|auto-?round", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,8 @@ class AdapterConfig:
 
 
 def is_four_bit_name(name: str) -> bool:
-    """Whether the name of a model says that it is quantised to 4 bits: ``unsloth/llama-3-8b-bnb-4bit``."""
-    return _FOUR_BIT.search(name) is not None
+    """Whether a model's name says that bitsandbytes quantised it to 4 bits: ``unsloth/llama-3-8b-bnb-4bit``."""
+    return _FOUR_BIT.search(name) is not None and not _OTHER_BITS.search(name)
 
 
 def _first(pattern: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
@@ -103,14 +104,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     record = read_json(path)
     kind = record.get("peft_type")
     if str(kind).upper() != "LORA":
-        raise CheckpointError(f"{path}: this is a {kind!s:.40} adapter; only LoRA adapters can be baked into a model")
+        raise CheckpointError(f"{path}: this adapter is of the kind {kind!r:.40}; only LoRA can be baked into a model")
     for key, what in _NOT_BAKED.items():
         if record.get(key):
             raise CheckpointError(f"{path}: this adapter {what} ('{key}'), which can't be baked")
     unknown = [key for key, value in record.items() if key not in _KNOWN and value]
     variant = next((key for key in unknown if key.startswith("use_")), None)
     if variant:
-        raise CheckpointError(f"{path}: '{variant:.80}' asks for a variant of LoRA unknown here; update mergekit")
+        raise CheckpointError(f"{path}: {variant!r:.80} asks for a variant of LoRA unknown here; update mergekit")
     _check_initialisation(path, record.get("init_lora_weights"))
     ranks, alphas = _pattern(path, record, "rank_pattern"), _pattern(path, record, "alpha_pattern")
     return AdapterConfig(
@@ -130,7 +131,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 def _fault(path: Path, key: str, value: object, wanted: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: '{key}' is {value!r:.60}, expected {wanted}; mend it, or download the adapter again"
+        f"{path}: {key!r:.100} is {value!r:.60}, expected {wanted}; mend it, or download the adapter again"
     )
 
 
@@ -141,7 +142,7 @@ def _check_initialisation(path: Path, value: object) -> None:
     name = str(value).lower()
     if name.startswith(_CHANGE_BASE):
         raise CheckpointError(
-            f"{path}: init_lora_weights '{value!s:.40}' changed the base model before training, so this adapter can't "
+            f"{path}: init_lora_weights {value!r:.40} changed the base model before training, so this adapter can't "
             f"be baked onto the original; let PEFT convert it to a plain one (path_initial_model_for_weight_conversion)"
         )
     raise CheckpointError(f"{path}: init_lora_weights {value!r:.40} is unknown, and may have changed the base model")
@@ -154,9 +155,13 @@ def _rank(path: Path, key: str, value: object) -> int:
 
 
 def _alpha(path: Path, key: str, value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise _fault(path, key, value, "a finite number")
-    return float(value)  # type: ignore[arg-type]
+    return number
 
 
 def _switch(path: Path, record: Mapping[str, Any], key: str) -> bool:

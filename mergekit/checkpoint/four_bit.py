@@ -104,9 +104,9 @@ def _packed(where: str, name: str, state: str, raw: bytes, tensors: Mapping[str,
     outer_scales, outer_table = parts["nested_absmax"], parts["nested_quant_map"]
     if scales.dtype.code != "U8" or outer_scales is None or outer_table is None:
         raise CheckpointError(f"{where} has scales of type {scales.dtype} without the tables to read them; {_DAMAGED}")
-    if not isinstance(outer, int) or isinstance(outer, bool) or outer < 1:
+    if type(outer) is not int or not 1 <= outer <= 1 << 20:
         raise CheckpointError(f"{where} has a nested_blocksize of {outer!r:.40}; {_DAMAGED}")
-    if not isinstance(offset, (int, float)) or isinstance(offset, bool) or not math.isfinite(offset):
+    if not isinstance(offset, float) or not math.isfinite(offset):  # as Python writes what was a tensor's item
         raise CheckpointError(f"{where} has a nested_offset of {offset!r:.40}; {_DAMAGED}")
     _fits(where, outer_table, outer_table.size if outer_table.dtype.is_float else -1, 256, "numbers for its scales")
     _fits(where, outer_scales, outer_scales.size if outer_scales.dtype.is_float else -1, -(-blocks // outer),

@@ -79,7 +79,7 @@ def _names(model: Model, adapter: Adapter) -> dict[str, str]:
         raise IncompatibleError(
             f"{model.reference}: the adapter changes '{lost[0]}', which the model does not have{more}; "
             f"every tensor of an adapter has to be used, so take the model that it was trained on"
-            + (f", '{adapter.config.base:.80}'" if adapter.config.base else "")
+            + (f", {adapter.config.base!r:.80}" if adapter.config.base else "")
         )
     return names
 
@@ -179,14 +179,14 @@ def _quantisation(
         if not says_so:
             return None, []
         return None, [
-            f"{short}: the adapter was trained on '{trained_on:.80}', which is quantised; "
+            f"{short}: the adapter was trained on {trained_on!r:.80}, which is quantised; "
             f"'base_quantization: nf4-double' bakes it onto the base as it was then"
         ]
     scheme = "nf4-double" if asked == "auto" else asked
     notes = []
     if asked == "auto":
         notes.append(
-            f"{short}: the base is quantised as {scheme}, because the adapter was trained on '{trained_on:.80}'"
+            f"{short}: the base is quantised as {scheme}, because the adapter was trained on {trained_on!r:.80}"
         )
     kind = model.config.get("model_type")
     if kind in _TRANSPOSED_FAMILIES or any(_EXPERTS.search(name) for name in model.tensors):

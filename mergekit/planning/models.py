@@ -91,7 +91,7 @@ class Models:
             is_resized = (
                 change is not None
                 and change.saved is not None
-                and (change.saved.shape[0] != model.checkpoint.tensors[change.of].shape[0])
+                and (change.saved.shape[0] != _logical(model.checkpoint, model.checkpoint.tensors[change.of]).shape[0])
             )
             if is_resized and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
                 return len(self.models) + model.adapter, folder
