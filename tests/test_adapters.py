@@ -591,6 +591,8 @@ def test_tensors_that_are_refused(case):
 
 
 def test_files_that_are_refused():
+    import torch  # noqa: F401  # takes seconds, and pickles need it
+
     write_adapter(Path("adapter"), low_rank(2))
     weights = Path("adapter/adapter_model.safetensors")
     whole = weights.read_bytes()

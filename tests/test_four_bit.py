@@ -102,6 +102,7 @@ def test_zeros_and_numbers_that_are_none():
     assert not left(np.zeros(70)).any()
     assert np.isnan(left([0, np.nan, 1])[1])
     assert not np.isfinite(left([np.inf, 1, 0])).all()
+    assert not np.isfinite(four_bit.double_quantize(np.array([np.inf, 1, 2], np.float32))).all()
     assert left([1e-45, 0]).tolist() == [0, 0]  # below what a scale can be divided by
 
 

@@ -141,6 +141,19 @@ def test_an_interrupted_run_continues_without_calibrating_again(prompts, tmp_pat
     assert not (out / ".mergekit-staging").exists()
 
 
+def test_calibration_gives_the_same_bytes_on_any_number_of_threads(prompts, tmp_path):
+    words, before = recipe(prompts, dtype="float32"), torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(mergekit.run_moe(words, tmp_path / str(threads), verify=False, threads=threads))
+    finally:
+        torch.set_num_threads(before)
+    for name in ("model.safetensors", "routing.json"):
+        assert len({(out / name).read_bytes() for out in made}) == 1
+
+
 def test_other_prompts_make_another_plan(prompts, tmp_path):
     one = api.plan_moe(recipe(prompts)).plan
     other = api.plan_moe(recipe([prompts[0][:-1], *prompts[1:]])).plan

@@ -207,4 +207,5 @@ class Dequantize4Reader:
         codes = _raw(self._inputs, scales.values)
         numbers = _whole(self._inputs, scales.table).reshape(-1)[codes]
         outer = np.repeat(_whole(self._inputs, scales.scales).reshape(-1), scales.outer)[: len(codes)]
-        return table, numbers * outer + np.float32(scales.offset)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the result
+            return table, numbers * outer + np.float32(scales.offset)

@@ -135,6 +135,7 @@ def dynamic_map() -> np.ndarray:
     return np.sort(np.array(found, np.float32))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite shows in the result
 def double_quantize(scales: np.ndarray) -> np.ndarray:
     """What double quantisation leaves of the scales of a tensor, float32 [blocks]."""
     offset = np.float32(scales.mean(dtype=np.float64))
