@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import mergekit
 from dense import MEMBERS, OTHERS, load, logits, save_dense
+from mergekit.methods import method_names
+from tiny import recipe_for
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 LENGTHS = (16, 40, 100)
@@ -127,6 +129,25 @@ def test_shared_weights_can_come_from_the_experts(shared, tmp_path):
     assert torch.equal(
         out["model.layers.0.block_sparse_moe.experts.1.w2.weight"], y["model.layers.0.mlp.down_proj.weight"]
     )
+
+
+@pytest.mark.parametrize("method", sorted(set(method_names()) - {"passthrough"}))
+def test_merged_attention_is_what_merging_gives_in_both_forms(method, tmp_path):
+    """Angles, trimming and random masks are those of the whole fused matrix, though Mixtral stores its parts."""
+    base, one, two = (save_dense(tmp_path / str(i), MEMBERS["medium"], seed=i) for i in range(3))
+    words = recipe_for(method, [base, one, two])
+    dense = load_file(mergekit.run_merge(words, tmp_path / "dense") / "model.safetensors")
+    shared = {key: words[key] for key in ("merge_method", "parameters", "models")}
+    native, own = (
+        load_file(mixture(base, tmp_path / f, one, two, attention=shared, architecture=f) / "model.safetensors")
+        for f in ("mixtral", "phi3moe")
+    )
+    for layer in range(3):
+        name = f"model.layers.{layer}.self_attn.qkv_proj.weight"
+        parts = [native[f"model.layers.{layer}.self_attn.{p}_proj.weight"] for p in "qkv"]
+        assert torch.equal(torch.cat(parts), own[name])
+        if not method.startswith("dare"):  # masks follow the order of models, where a mixture has its base first
+            assert torch.equal(own[name], dense[name])
 
 
 def test_residual_scale_and_noise(tmp_path):

@@ -75,7 +75,7 @@ def test_the_sum_is_the_formula_of_the_paper(models):
 
 
 def test_attention_of_an_adapter_needs_to_be_allowed_to_be_lost(models):
-    with pytest.raises(UsageError, match=r"expert 1 .* adapter on o_proj \(3 tensors\)") as caught:
+    with pytest.raises(UsageError, match=r"expert 1 .* adapter on o_proj \(3 modules\)") as caught:
         plan_moe(recipe(models, "mlp", "both"))
     assert "allow_partial_adapters: true" in str(caught.value)
     plan = plan_moe(recipe(models, "mlp", "both", allow_partial_adapters=True)).plan

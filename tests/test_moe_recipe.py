@@ -150,6 +150,27 @@ def test_yaml_and_yml_find_each_other(models, tmp_path):
 
 def test_what_experts_learnt_outside_their_mlps_is_said_to_be_lost(models):
     warnings = plan_moe(recipe(models, "one", "two")).plan.warnings
-    assert any("attention, norms, embeddings and head come from base" in w for w in warnings)
+    assert any("head do not come from one, two" in w for w in warnings)
     warnings = plan_moe(recipe(models, "one", "two", attention="average")).plan.warnings
-    assert not any("come from base" in w for w in warnings)
+    assert not any("do not come from" in w for w in warnings)
+
+
+def test_embeddings_of_other_vocabularies_are_not_merged(models, tmp_path):
+    import shutil
+
+    for name, words in (("base", {"a": 0, "b": 1}), ("one", {"a": 1, "b": 0})):
+        folder = shutil.copytree(models / name, tmp_path / name)
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": words}}))
+    shutil.copytree(models / "two", tmp_path / "two")
+    record = {**recipe(tmp_path, "one", "two"), "gate_mode": "random"}
+    assert any("another vocabulary than the base" in w for w in plan_moe(record).plan.warnings)
+    message = fault(tmp_path, {**record, "attention": "average"})
+    assert "'a' is 1, not 0" in message
+    assert "can't be merged" in message
+
+
+def test_faults_of_the_shared_merge_point_at_attention(models, tmp_path):
+    message = fault(tmp_path, {**recipe(models, "one", "two"), "attention": {"merge_method": "ties"}})
+    assert "'ties' needs 'weight'" in message
+    assert "under 'parameters' of 'attention'" in message
+    assert "r.yml:" in message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from mergekit.api.merge import log_compile, plan_options
 from mergekit.api.options import RunOptions
+from mergekit.api.prepare import read_routers, write_merged, write_routers
 from mergekit.api.run import Document, Hooks, check_writable, run_plan
 from mergekit.api.weights import PlanWeights
 from mergekit.errors import UsageError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mergekit.moe.report import RoutingReport
     from mergekit.moe.schema import MoeConfiguration
 
-__all__ = ["MoeOptions", "Outcome", "plan_moe", "run_moe", "run_moe_plan", "write_routers"]
+__all__ = ["MoeOptions", "Outcome", "plan_moe", "run_moe", "run_moe_plan"]
 
 _LOG = logging.getLogger("mergekit")
 _VERIFY_BELOW = 2_000_000_000
@@ -136,6 +136,7 @@ def run_moe_plan(
     uses_prompts = made.recipe.uses_prompts
 
     def prepare(staging: Path) -> None:
+        write_merged(made, staging, options)
         write_routers(made, staging, lambda: _calibrate(made, options, choices, stage, remarks))
 
     def measure(staging: Path) -> list[Document]:
@@ -176,14 +177,15 @@ def _calibrate(
     if uses_prompts:
         count = sum(len(prompts.positive) + len(prompts.negative) for prompts in made.prompts)
         stage(f"calibrating routers: {count} prompts through {made.dense.layers} layers")
+    layers, experts, hidden = made.router_shape
     result = calibrate(
         made.recipe.config.gate_mode,
         made.prompts,
         _tokenizer(made, choices) if uses_prompts else None,
         PlanWeights(made, options.threads),
-        experts=made.routers.experts,
-        layers=made.dense.layers,
-        hidden=made.dense.hidden,
+        layers=layers,
+        experts=experts,
+        hidden=hidden,
         seed=made.plan.seed,
         device=options.device,
         apply_chat_template=made.recipe.config.apply_chat_template,
@@ -227,27 +229,3 @@ def _tokenizer(made: MoePlan, choices: MoeOptions) -> Any:
             f"{source.reference}: its tokenizer can't be read, which prompts need ({str(error).splitlines()[0]:.200}); "
             f"gate_mode: random needs none"
         ) from None
-
-
-def write_routers(made: MoePlan, staging: Path, rows: Callable[[], np.ndarray]) -> None:
-    """Put the file of router rows into the staging folder, unless it is there; ``rows`` makes float32 [L, E, H]."""
-    path = staging / made.routers.name
-    if path.is_file():
-        return
-    values = np.ascontiguousarray(rows(), "<f4")
-    file = made.routers
-    assert values.shape == (file.layers, file.experts, file.hidden)
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as stream:
-        stream.write(file.layout()[0])
-        stream.write(values.tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-
-
-def read_routers(made: MoePlan, staging: Path) -> np.ndarray:
-    """The router rows of the file in the staging folder, float32 [layers, experts, hidden]."""
-    file = made.routers
-    raw = (staging / file.name).read_bytes()[len(file.layout()[0]) :]
-    return np.frombuffer(raw, "<f4").reshape(file.layers, file.experts, file.hidden)

@@ -164,8 +164,8 @@ def _check_space(plan: Plan, folder: Path) -> None:
         place = place.parent
     staged = sum(p.stat().st_blocks * 512 for p in (folder / STAGING).glob("*.safetensors"))
     free = shutil.disk_usage(place).free + staged
-    if plan.bytes_written > free:
+    needed = plan.bytes_written + plan.prepared_bytes
+    if needed > free:
         raise DiskSpaceError(
-            f"the output needs {plan.bytes_written:,} bytes, but {place} has {free:,} free; "
-            f"free some space or choose another disk"
+            f"the output needs {needed:,} bytes, but {place} has {free:,} free; free some space or choose another disk"
         )

@@ -73,7 +73,7 @@ def _limit(made: MoePlan, dtype: DType) -> float:
 def _run_mixture(made: MoePlan, folder: Path, options: RunOptions) -> None:
     """The mixture of the same config whose experts are all the base."""
     from mergekit.api.merge import plan_options
-    from mergekit.api.moe import write_routers
+    from mergekit.api.prepare import write_routers
     from mergekit.api.run import Hooks, run_plan
     from mergekit.moe.build import build_moe_plan
     from mergekit.moe.recipe import load_moe_recipe
@@ -91,7 +91,7 @@ def _run_mixture(made: MoePlan, folder: Path, options: RunOptions) -> None:
     }
 
     def rows() -> np.ndarray:
-        return random_rows(made.routers.layers, made.routers.experts, made.routers.hidden, seed=0)
+        return random_rows(*made.router_shape, seed=0)
 
     twin = build_moe_plan(load_moe_recipe(recipe, allow_all_same=True), made.target, plan_options(options, fetch=True))
     run_plan(twin.plan, folder, options, Hooks(prepare=lambda staging: write_routers(twin, staging, rows)))

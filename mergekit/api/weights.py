@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +78,7 @@ def _compute(plan: Plan, made: Sequence[Made], threads: int | None) -> list[Tens
 
     from mergekit.execute import run_threads
 
-    outputs = [
-        OutputTensor(m.name, m.shape, m.dtype, "", 0, math.prod(m.shape) * m.dtype.size, m.expression) for m in made
-    ]
+    outputs = [OutputTensor(m.name, m.shape, m.dtype, "", 0, m.nbytes(m.dtype), m.expression) for m in made]
     sink = _Memory(outputs)
     run_threads(dataclasses.replace(plan, allow_nonfinite=True), sink, outputs=outputs, threads=threads)
     return [torch.from_numpy(sink.data[m.name]).view(getattr(torch, m.dtype.name)).reshape(m.shape) for m in made]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from mergekit.checkpoint import TensorInfo, build_header
-from mergekit.dtypes import F32, DType, promote, recipe_dtype
+from mergekit.checkpoint import read_json
+from mergekit.dtypes import DType, promote, recipe_dtype
+from mergekit.errors import RecipeError
 from mergekit.families.align import align
 from mergekit.families.config import set_dtype
-from mergekit.families.layout import is_derived_buffer
+from mergekit.families.layout import is_derived_buffer, is_embedding, is_head
+from mergekit.methods import get_method
+from mergekit.methods.spec import Span
 from mergekit.moe.dense import Dense, is_mlp, read_dense
 from mergekit.moe.layout import Layout
+from mergekit.moe.prepared import PreparedFile, router_file
 from mergekit.moe.prompts import PromptSet, hold_out, prompt_set
 from mergekit.moe.recipe import MoeRecipe
 from mergekit.moe.targets import Counts, Target
@@ -24,38 +28,18 @@ from mergekit.planning.agree import disagreements
 from mergekit.planning.build import PlanOptions, sources_of
 from mergekit.planning.document import donor_files
 from mergekit.planning.express import Expresser, Made
-from mergekit.planning.leaf import cast, leaf_of, patched
+from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Model, Models, open_models
 from mergekit.planning.pack import pack
-from mergekit.planning.plan import Leaf, Mixture, Noise, PermuteScale, Plan, Read, Source, leaves
+from mergekit.planning.plan import Apply, Leaf, Mixture, Noise, PermuteScale, Plan, Source, leaves
 from mergekit.planning.slots import find_slots
 from mergekit.seeds import stream_key
 from mergekit.version import __version__
 
-__all__ = ["MoePlan", "RouterFile", "build_moe_plan"]
+__all__ = ["MoePlan", "build_moe_plan"]
 
-
-@dataclass(frozen=True, slots=True)
-class RouterFile:
-    """The prepared file of router rows: its name in the staging folder, and the shape [layers, experts, hidden].
-
-    Tensor ``layer.{i}`` holds the float32 rows [experts, hidden] of layer i.
-    """
-
-    name: str
-    layers: int
-    experts: int
-    hidden: int
-
-    def layout(self) -> tuple[bytes, list[int]]:
-        """The file's header, and where each layer's rows begin."""
-        return build_header((f"layer.{i}", F32, (self.experts, self.hidden)) for i in range(self.layers))
-
-    def read(self, source: int) -> Iterator[Read]:
-        """A leaf for each layer's rows."""
-        shape = (self.experts, self.hidden)
-        for i, offset in enumerate(self.layout()[1]):
-            yield Read(source, TensorInfo(f"layer.{i}", F32, shape, self.name, offset, math.prod(shape) * 4))
+_MLP_ONLY = "experts give their MLPs only"
+_THERE, _HERE = "under the model's 'parameters', or at the top level", "under 'parameters' of 'attention'"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +48,7 @@ class MoePlan:
 
     ``shared`` holds the dense model that the experts share, MLPs included, by its own names; ``experts`` the MLPs of
     each expert by the same names. All are in the output's element type, ``dtype``. ``tokenizer`` is the folder of one
-    that fits the embeddings.
+    that fits the embeddings. ``merged`` is a file of merged matrices that the target takes apart.
     """
 
     plan: Plan
@@ -73,10 +57,16 @@ class MoePlan:
     dense: Dense
     dtype: DType
     target: Target
-    routers: RouterFile
+    routers: PreparedFile
+    merged: PreparedFile
     prompts: tuple[PromptSet, ...]
     shared: Mapping[str, Made]
     experts: tuple[Mapping[str, Made], ...]
+
+    @property
+    def router_shape(self) -> tuple[int, int, int]:
+        """Layers, experts, hidden size."""
+        return (self.dense.layers, len(self.experts), self.dense.hidden)
 
 
 def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> MoePlan:
@@ -99,25 +89,33 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
     seed = options.seed if options.seed is not None else config.seed or 0
     shared, warnings = _shared(recipe, models, options, dtype)
     experts = tuple(_expert(recipe, models, e, p, dtype, seed) for e, p in enumerate(positions))
-    warnings += _check_adapters(recipe, models, positions)
     counts = Counts(len(experts), config.experts_per_token)
     sources = sources_of(models)
     prompts, remarks = hold_out([_prompts(recipe, e) for e in range(counts.experts)] if recipe.uses_prompts else [])
     digest = _digest(recipe, sources, (prompts, target.name, seed, dtype, options.device))
-    routers = RouterFile(f"routers-{digest}.safetensors", dense.layers, counts.experts, dense.hidden)
+    routers = router_file(digest, dense.layers, counts.experts, dense.hidden)
     layout = Layout(dense, target, dtype)
-    made = tuple(layout.tensors(models[0], shared, experts, list(routers.read(len(sources)))))
+    apart = {n: made for n, made in shared.items() if _is_whole(made) and layout.takes_apart(models[0], n)}
+    merged = PreparedFile(f"merged-{digest}.safetensors", tuple((n, made.shape) for n, made in apart.items()))
+    reads = merged.reads(len(sources) + 1)
+    stored = {n: dataclasses.replace(made, expression=cast(reads[n], dtype)) if n in apart else made
+              for n, made in shared.items()}  # fmt: skip
+    rows = list(routers.reads(len(sources)).values())
+    made = tuple(layout.tensors(models[0], stored, experts, rows))
+    left_out = tuple(_left_out(models, [*made, *apart.values()]))
+    warnings += _check_adapters(recipe, models, positions, left_out)
     outputs, shards, index = pack(made, options.shard_size)
     entries = target.config(dense, counts)
     set_dtype(entries, dtype)
-    warnings += [*disagreements(models), *_remarks(recipe, models, positions)]
+    warnings += [*disagreements(models), *_check_vocabularies(recipe, models, positions, made)]
+    warnings += _lost_attention(models, positions, left_out)
     copied = donor_files(models, tokenizer=options.copy_tokenizer)
     how_shared = config.attention if isinstance(config.attention, str) else config.attention.merge_method
     plan = Plan(
         version=__version__,
         method=recipe.shared.method.name,
         seed=seed,
-        sources=(*sources, Source(f"routers {routers.name}", "routers", "", (), prepared=True)),
+        sources=(*sources, routers.source("routers"), *([merged.source("merged")] if apart else [])),
         base=0,
         donor=0,
         outputs=outputs,
@@ -125,7 +123,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         config=json.dumps(entries, indent=2, ensure_ascii=False) + "\n",
         index=index,
         files=tuple((source, name) for source, name in copied if not name.endswith(".py")),
-        left_out=tuple(_left_out(models, made)),
+        left_out=left_out,
         warnings=tuple(dict.fromkeys([*recipe.warnings, *recipe.shared.warnings, *models.warnings, *warnings])),
         notes=(
             *target.notices(dense, counts),
@@ -139,8 +137,19 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         mixture=Mixture(target.title, positions, counts.per_token, config.gate_mode, how_shared),
         device=options.device,
         allow_nonfinite=options.allow_nonfinite,
+        prepared_bytes=routers.nbytes + merged.nbytes,
     )
-    return MoePlan(plan, models.tokenizer_of(0)[1], recipe, dense, dtype, target, routers, prompts, shared, experts)
+    return MoePlan(
+        plan, models.tokenizer_of(0)[1], recipe, dense, dtype, target, routers, merged, prompts, shared, experts
+    )
+
+
+def _is_whole(made: Made) -> bool:
+    """Whether a merge must see the whole tensor: a part of it would come out otherwise (angles, trimming, masks)."""
+    if not isinstance(made.expression, Apply):
+        return False
+    form = get_method(made.expression.method).form
+    return not (isinstance(form, Span) and not form.gram)
 
 
 def _shared(recipe: MoeRecipe, models: Models, options: PlanOptions, dtype: DType) -> tuple[dict[str, Made], list[str]]:
@@ -152,10 +161,14 @@ def _shared(recipe: MoeRecipe, models: Models, options: PlanOptions, dtype: DTyp
     view = dataclasses.replace(models, base=base)
     expresser = Expresser(merge, view, options.unsafe_truncate_embeddings)
     made = {}
-    for slot in find_slots(merge, view).slots:
-        tensor = None if slot.is_copy else expresser.make(slot)
-        if tensor is not None:
-            made[tensor.name] = tensor
+    try:
+        for slot in find_slots(merge, view).slots:
+            tensor = None if slot.is_copy else expresser.make(slot)
+            if tensor is not None:
+                made[tensor.name] = tensor
+    except RecipeError as error:  # it points into the merge recipe, which nobody wrote
+        text = str(error).removeprefix(f"{error.place}: ").replace(_THERE, _HERE)
+        raise recipe.fault(text, "attention") from None
     return made, expresser.all_warnings()
 
 
@@ -218,19 +231,21 @@ def _dtype(recipe: MoeRecipe, base: Model) -> DType:
     return found or promote(info.dtype for info in base.tensors.values() if info.dtype.kind in ("float", "fp8"))
 
 
-def _check_adapters(recipe: MoeRecipe, models: Models, positions: tuple[int, ...]) -> list[str]:
-    """What experts can't hold of their adapters: refused unless the recipe allows it, then warned of."""
-    if recipe.config.attention != "base":
-        return []
+def _check_adapters(
+    recipe: MoeRecipe, models: Models, positions: tuple[int, ...], left_out: Sequence[tuple[int, str, str]]
+) -> list[str]:
+    """What the mixture can't hold of its adapters: refused unless the recipe allows it, then warned of."""
     warnings = []
     for number, position in enumerate(positions):
-        outside = [name for name in patched(models[position]) if not is_mlp(name)]
-        if position == 0 or not outside:
+        adapter = models[position].adapter
+        lost = [] if adapter is None else [n for s, n, _ in left_out if s == len(models.models) + adapter]
+        if not lost:
             continue
-        modules = list(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in outside))
+        modules = dict.fromkeys(re.split(r"\.(?:lora_|base_layer|weight$|bias$)", name)[0] for name in lost)
+        kinds = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
         text = (
-            f"expert {number} ('{models[position].reference}') has an adapter on {', '.join(modules)} "
-            f"({len(outside)} tensors), which experts can't hold"
+            f"expert {number} ('{models[position].reference}') has an adapter on {', '.join(kinds)} "
+            f"({len(modules)} modules), which the mixture can't hold"
         )
         if not recipe.config.allow_partial_adapters:
             raise recipe.fault(
@@ -247,16 +262,46 @@ def _prompts(recipe: MoeRecipe, number: int) -> PromptSet:
     return prompt_set(recipe.config.experts[number], folder, lambda key: recipe.text.place(("experts", number, key)))
 
 
-def _remarks(recipe: MoeRecipe, models: Models, positions: tuple[int, ...]) -> list[str]:
-    """What a user should know of a mixture that is about to be made."""
-    found = []
-    others = [models[p].reference.short for p in dict.fromkeys(positions) if p != 0]
-    if recipe.config.attention == "base" and others:
-        found.append(
-            f"attention, norms, embeddings and head come from {models[0].reference.short}: what {', '.join(others)} "
-            f"learnt there is not in the result ('attention: average' takes them from the experts)"
+def _check_vocabularies(
+    recipe: MoeRecipe, models: Models, positions: tuple[int, ...], made: Iterable[Made]
+) -> list[str]:
+    """Refuse to mix embeddings whose rows mean other words; warn of an expert that was trained on other ones."""
+    mixed = {read.source for t in made if is_embedding(t.name) or is_head(t.name) for read in leaves(t.expression)}
+    mine, warnings = _vocabulary(models.tokenizer_of(0)[1]), []
+    for position in dict.fromkeys(positions):
+        theirs = _vocabulary(models.tokenizer_of(position)[1])
+        other = next((token for token, place in theirs.items() if mine.get(token, place) != place), None)
+        if not mine or other is None:
+            continue
+        reference = models[position].reference
+        text = (
+            f"'{reference}' has another vocabulary than the base: {other!r:.40} is {theirs[other]}, not {mine[other]}"
         )
-    return found
+        if position in mixed:
+            raise recipe.fault(f"{text}; their embeddings can't be merged", *recipe.path_of(reference))
+        warnings.append(f"{text}; its MLPs were trained on other tokens")
+    return warnings
+
+
+def _vocabulary(folder: Path) -> Mapping[str, int]:
+    """Token to id, as tokenizer.json has it; empty where there is none, or of another form."""
+    path = folder / "tokenizer.json"
+    record = read_json(path) if path.is_file() else {}
+    model = record.get("model")
+    found = model.get("vocab") if isinstance(model, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _lost_attention(models: Models, positions: tuple[int, ...], left_out: Sequence[tuple[int, str, str]]) -> list[str]:
+    """A warning that names the experts of which only the MLPs are used."""
+    lost = {position for position, _, reason in left_out if reason == _MLP_ONLY}
+    others = [models[p].reference.short for p in dict.fromkeys(positions) if p != 0 and p in lost]
+    if not others:
+        return []
+    return [
+        f"attention, norms, embeddings and head do not come from {', '.join(others)}: what was learnt there is not in "
+        f"the result ('attention: average' takes them from the experts)"
+    ]
 
 
 def _left_out(models: Models, made: Iterable[Made]) -> Iterator[tuple[int, str, str]]:
@@ -272,7 +317,7 @@ def _left_out(models: Models, made: Iterable[Made]) -> Iterator[tuple[int, str, 
             elif is_mlp(name):
                 yield position, name, "the layer's MLP is replaced by experts"
             else:
-                yield position, name, "experts give their MLPs only"
+                yield position, name, _MLP_ONLY
     for number, (_, adapter) in enumerate(models.adapters, start=len(models.models)):
         for patch in adapter.patches.values():
             for part in patch.tensors():

@@ -67,6 +67,14 @@ class Layout:
                 yield Made(name, router.info.shape, self.dtype, cast(router, self.dtype))
                 yield from self._experts(base, experts, place.index)
 
+    def takes_apart(self, base: Model, name: str) -> bool:
+        """Whether a tensor of the dense model is not stored whole, row by row as it is."""
+        module = base.layout.place(name).suffix.removesuffix(".weight")
+        return self.target.splits and not is_mlp(name) and (module in FUSED or self._is_rotated(module))
+
+    def _is_rotated(self, module: str) -> bool:
+        return module in _ROTATED and self.dense.rope.partial < 1 and self.target.splits
+
     def _experts(self, base: Model, experts: Sequence[Mapping[str, Made]], layer: int) -> Iterator[Made]:
         for number, tensors in enumerate(experts):
             for name, made in tensors.items():
@@ -94,7 +102,7 @@ class Layout:
 
     def _rotary(self, module: str, expression: Expression) -> Expression:
         """Query and key rows rearranged where the target has no partial rotary embedding."""
-        if module not in _ROTATED or self.dense.rope.partial >= 1 or not self.target.splits:
+        if not self._is_rotated(module):
             return expression
         full = full_rotary(self.dense.rope, self.dense.heads.size, self.dense.positions)
         return _inside(expression, self.dtype, lambda leaf: PermuteScale(leaf, full.order, full.factors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,10 @@ class Made:
     shape: tuple[int, ...]
     dtype: DType
     expression: Expression
+
+    def nbytes(self, dtype: DType) -> int:
+        """The size of the tensor in element type ``dtype``."""
+        return math.prod(self.shape) * dtype.size
 
 
 @dataclass(slots=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 
 from mergekit.checkpoint import build_header
@@ -21,7 +20,7 @@ def pack(made: Sequence[Made], shard_size: int) -> tuple[tuple[OutputTensor, ...
     groups: list[list[Made]] = [[]]
     filled = 0
     for tensor in made:
-        nbytes = _nbytes(tensor)
+        nbytes = tensor.nbytes(tensor.dtype)
         if groups[-1] and shard_size > 0 and filled + nbytes > shard_size:
             groups.append([])
             filled = 0
@@ -35,17 +34,13 @@ def pack(made: Sequence[Made], shard_size: int) -> tuple[tuple[OutputTensor, ...
         header, offsets = build_header((t.name, t.dtype, t.shape) for t in group)
         size = len(header)
         for tensor, offset in zip(group, offsets, strict=True):
-            nbytes = _nbytes(tensor)
+            nbytes = tensor.nbytes(tensor.dtype)
             outputs.append(
                 OutputTensor(tensor.name, tensor.shape, tensor.dtype, file, offset, nbytes, tensor.expression)
             )
             size = offset + nbytes
         shards.append(Shard(file, header, size))
     return tuple(outputs), tuple(shards), _index(outputs) if len(shards) > 1 else None
-
-
-def _nbytes(tensor: Made) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.size
 
 
 def _index(outputs: Sequence[OutputTensor]) -> str:

@@ -239,6 +239,7 @@ class Plan:
     """Everything that a run will do.
 
     ``files`` are the small files to copy: (source, name); ``texts`` are written as they are: (name, text).
+    ``prepared_bytes`` is the size of what prepared sources take in the staging folder meanwhile.
     ``config`` and ``index`` are the JSON texts to write, ``recipe`` goes into the file ``recipe_name``;
     ``left_out`` lists input tensors that go nowhere, as (source, tensor, reason). ``device`` is part of the digest
     because accelerators agree with the CPU only within a tolerance.
@@ -262,6 +263,7 @@ class Plan:
     recipe_name: str = "mergekit_config.yml"
     texts: tuple[tuple[str, str], ...] = ()
     mixture: Mixture | None = None
+    prepared_bytes: int = 0
     device: str = "cpu"
     allow_nonfinite: bool = False
 
