@@ -59,7 +59,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str
     ),
-    _flag("write_model_card", True, "Write README.md and mergekit_config.yml.", "Output"),
+    _flag("write_model_card", True, "Write README.md and a copy of the recipe.", "Output"),
     _flag(
         "safe_serialization",
         True,
@@ -135,13 +135,7 @@ OPTIONS: tuple[Option, ...] = (
     _flag("allow_nonfinite", False, "Go on when a computed tensor holds NaN or infinity.", "Dangerous"),
     _flag("allow_crimes", False, "Merge models of different architectures.", "Dangerous"),
     _flag("unsafe_truncate_embeddings", False, "Cut embeddings even below the tokenizer's ids.", "Dangerous"),
-    _flag(
-        "trust_remote_code",
-        False,
-        "Run code that comes with a model.",
-        "Dangerous",
-        unused="a merge runs no model code",
-    ),
+    _flag("trust_remote_code", False, "Run a tokenizer's own code (only mixtures use one).", "Dangerous"),
     Option("verbosity", ("-v", "--verbose"), 0, "Print the plan before the merge starts.", "Messages", "count"),
     _flag("quiet", False, "No progress and no notes; warnings and errors only.", "Messages"),
 )

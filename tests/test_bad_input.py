@@ -62,7 +62,7 @@ WORDS = {
     "method empty": (RECIPE.replace("linear", ""), "r.yml:1:1: ", "expected text, got nothing"),
     "unknown parameter": (RECIPE.replace("weight", "wieght", 1), "r.yml:4:16: ", "Did you mean 'weight'?"),
     "unknown key": (RECIPE + "dtyp: float16", "r.yml:7:1: ", "Did you mean 'dtype'?"),
-    "unknown key, nothing near": (RECIPE + "zzz: 1", "r.yml:7:1: ", "Valid: base_model, base_quantization, chat_template"),
+    "unknown key, nothing near": (RECIPE + "zzz: 1", "r.yml:7:1: ", "Valid: base_model, base_quantization, "),
     "unknown key of a model": (RECIPE.replace("parameters", "params", 1), "r.yml:4:3: ", "Did you mean 'parameters'?"),
     "unknown key of a slice": (SLICES + "[0, 1]\n  weight: 3", "r.yml:6:3: ", "there is no 'weight' here"),
     "unknown key of a source": (SLICES + "[0, 1]\n    layer-range: 3", "r.yml:6:5: ", "Did you mean 'layer_range'?"),

@@ -18,7 +18,7 @@ from mergekit.moe import calibrate as module
 from mergekit.moe.calibrate import Calibration, calibrate, degenerate_layers, measure
 from mergekit.moe.prompts import Prompt, PromptSet, hold_out
 from mergekit.moe.report import RoutingReport
-from mergekit.moe.routers import discriminant_rows, scale_to_gap
+from mergekit.moe.routers import SHRINKAGE, discriminant_rows, scale_to_gap
 
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)  # waking a second thread takes longer than these sums
@@ -137,7 +137,7 @@ def test_router_input_is_made_of_what_routers_see(times, tokenizer, base):
             means = np.stack([part.mean(0).numpy() for part in parts])
             rows = discriminant_rows(means, np.asarray(expert), np.asarray(is_negative), 3, None)
         else:
-            rows = discriminant_rows(tokens, of, negative, 3, 0.5)
+            rows = discriminant_rows(tokens, of, negative, 3, SHRINKAGE)
         expected = scale_to_gap(rows, tokens[~negative], 1.0 if times == 1 else 4.0)
         np.testing.assert_allclose(found.rows[layer], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     assert bool(found.notes) == (times == 1)

@@ -188,3 +188,48 @@ def test_the_plan_says_what_it_is(capsys):
     assert "Mixtral of 3 experts, 2 for each token, routers by router_input, shared weights from average" in printed
     assert "models/prose (expert 1)" in printed
     assert not Path("nowhere").exists()
+
+
+def test_no_local_path_is_published(prompts, tmp_path):
+    import shutil
+
+    place = shutil.copytree(ROOT / "examples/phi3_moe", tmp_path / "secret")
+    words = yaml.safe_load((place / "recipe.yml").read_text())
+    for entry in words["experts"]:
+        entry["positive_prompts_file"] = str(place / entry["positive_prompts_file"])
+    words["experts"].append({**words["experts"][2]})
+    (place / "r.yml").write_text(yaml.safe_dump(words))
+    out = mergekit.run_moe(place / "r.yml", tmp_path / "out", verify=False)
+    for name in ("README.md", "routing.json", "config.json"):
+        assert str(tmp_path) not in (out / name).read_text()
+        assert "secret" not in (out / name).read_text()
+
+
+def test_another_form_over_the_first_leaves_nothing_of_it(prompts, tmp_path):
+    mergekit.run_moe(recipe(prompts, architecture="phi3moe"), tmp_path / "out", verify=False)
+    words = recipe(prompts, gate_mode="random")
+    out = mergekit.run_moe(words, tmp_path / "out", verify=False, overwrite=True)
+    assert not {"routing.json", "modeling_phi3_moe.py", "configuration_phi3_moe.py"} & {p.name for p in out.iterdir()}
+
+
+def test_the_self_test_runs_no_code_of_a_tokenizer(prompts, tmp_path):
+    """A tokenizer that brings code is left alone unless the user trusts it."""
+    import shutil
+
+    base = shutil.copytree(ROOT / "models/base", tmp_path / "base")
+    record = json.loads((base / "tokenizer_config.json").read_text())
+    record |= {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
+    (base / "tokenizer_config.json").write_text(json.dumps(record))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n")
+    words = {**recipe(prompts, gate_mode="random"), "base_model": str(base)}
+    assert mergekit.run_moe(words, tmp_path / "out", verify=True).is_dir()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_recipe_of_the_other_kind_is_recognised(tmp_path, prompts):
+    from mergekit.errors import RecipeError
+
+    with pytest.raises(RecipeError, match="mergekit moe"):
+        mergekit.plan("examples/phi3_moe/recipe.yml")
+    with pytest.raises(RecipeError, match="mergekit merge"):
+        api.plan_moe("examples/linear.yml")

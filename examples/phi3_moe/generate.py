@@ -6,6 +6,7 @@ python examples/phi3_moe/generate.py phi3-moe-out "def main(" "12+30="
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
 
     # The phi3moe form brings its own code, which lies in the folder that we have just made ourselves.
-    has_code = (options.model / "modeling_phi3_moe.py").exists()
+    has_code = "auto_map" in json.loads((options.model / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left", trust_remote_code=has_code)
     model = AutoModelForCausalLM.from_pretrained(options.model, torch_dtype=torch.float32, trust_remote_code=has_code)
 

@@ -16,6 +16,8 @@ from mergekit.api.prepare import read_routers, write_merged, write_routers
 from mergekit.api.run import Document, Hooks, check_writable, run_plan
 from mergekit.api.weights import PlanWeights
 from mergekit.errors import UsageError
+from mergekit.output.card import without_paths
+from mergekit.output.moe_card import moe_card
 
 if TYPE_CHECKING:
     from mergekit.moe.build import MoePlan
@@ -142,7 +144,7 @@ def run_moe_plan(
     def measure(staging: Path) -> list[Document]:
         if uses_prompts:
             stage("routing prompts through the mixture")
-            report = _measure(made, read_routers(made, staging), options, choices)
+            report = _measure(made, read_routers(made, staging), options, choices, stage)
             reports.append(report)
             lines.extend(report.table())
         if verify:
@@ -150,12 +152,10 @@ def run_moe_plan(
 
             stage("checking the identity law")
             lines.append(f"verified: {check_identity(made, folder, options)}")
-        return [("routing.json", report.to_json()) for report in reports]
+        return [("routing.json", without_paths(report.to_json(), made.plan)) for report in reports]
 
     def card(title: str) -> str:
-        from mergekit.output.moe_card import moe_card
-
-        return moe_card(made.plan, title, reports[0].markdown() if reports else None)
+        return moe_card(made.plan, title, without_paths(reports[0].markdown(), made.plan) if reports else None)
 
     hooks = Hooks(prepare, measure, card, log_compile, advance or (lambda nbytes: None))
     remarks += run_plan(made.plan, folder, options, hooks)
@@ -163,8 +163,22 @@ def run_moe_plan(
         from mergekit.api.verify import check_reload
 
         stage("loading the result")
-        lines += [f"verified: {line}" for line in check_reload(made, folder)]
+        try:
+            tokenizer = _tokenizer(made, choices) if options.copy_tokenizer else None
+        except UsageError:  # no tokenizer, or one whose code is not trusted
+            tokenizer = None
+        lines += [f"verified: {line}" for line in check_reload(made, folder, tokenizer)]
     return Outcome(remarks, lines)
+
+
+def _layers_told(stage: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """Tells of every eighth part of the layers: of a large model, each takes seconds."""
+
+    def told(layer: int, layers: int) -> None:
+        if layers >= 8 and layer % max(1, layers // 8) == 0:
+            stage(f"{what}: layer {layer} of {layers}")
+
+    return told
 
 
 def _calibrate(
@@ -189,12 +203,15 @@ def _calibrate(
         seed=made.plan.seed,
         device=options.device,
         apply_chat_template=made.recipe.config.apply_chat_template,
+        on_layer=_layers_told(stage, "calibrating"),
     )
     remarks += result.notes
     return result.rows
 
 
-def _measure(made: MoePlan, rows: np.ndarray, options: RunOptions, choices: MoeOptions) -> RoutingReport:
+def _measure(
+    made: MoePlan, rows: np.ndarray, options: RunOptions, choices: MoeOptions, stage: Callable[[str], None]
+) -> RoutingReport:
     """Where the held-out prompts go in the mixture with router ``rows``."""
     import torch
 
@@ -212,6 +229,7 @@ def _measure(made: MoePlan, rows: np.ndarray, options: RunOptions, choices: MoeO
         gate_mode=made.recipe.config.gate_mode,
         device=options.device,
         apply_chat_template=made.recipe.config.apply_chat_template,
+        on_layer=_layers_told(stage, "routing"),
     )
 
 

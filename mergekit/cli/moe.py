@@ -78,7 +78,7 @@ def moe(
     )
     api.check_writable(Path(out_path), options)
     made = api.plan_moe(config_path, options, choices, fetch=not dry_run)
-    notes = [note for note in merge_options.given_without_effect() if "--trust-remote-code" not in note]
+    notes = merge_options.given_without_effect()
     bits = [bits for bits, on in ((4, load_in_4bit), (8, load_in_8bit)) if on]
     notes += [f"--load-in-{n}bit changes nothing: {_QUANTISED}" for n in bits]
     if dry_run:

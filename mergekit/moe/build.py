@@ -26,7 +26,7 @@ from mergekit.moe.recipe import MoeRecipe
 from mergekit.moe.targets import Counts, Target
 from mergekit.planning.agree import disagreements
 from mergekit.planning.build import PlanOptions, sources_of
-from mergekit.planning.document import donor_files
+from mergekit.planning.document import TOKENIZER_FILES, donor_files
 from mergekit.planning.express import Expresser, Made
 from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Model, Models, open_models
@@ -92,7 +92,12 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
     counts = Counts(len(experts), config.experts_per_token)
     sources = sources_of(models)
     prompts, remarks = hold_out([_prompts(recipe, e) for e in range(counts.experts)] if recipe.uses_prompts else [])
-    digest = _digest(recipe, sources, (prompts, target.name, seed, dtype, options.device))
+    if (
+        len(prompts) > 1
+        and len({repr([(p.text, p.messages) for p in (*s.positive, *s.negative)]) for s in prompts}) == 1
+    ):
+        raise recipe.fault("all experts have the same prompts, so no router can tell them apart", "experts")
+    digest = _digest(recipe, sources, (prompts, target.name, seed, dtype, options.device, _tokenizer_digest(models)))
     routers = router_file(digest, dense.layers, counts.experts, dense.hidden)
     layout = Layout(dense, target, dtype)
     apart = {n: made for n, made in shared.items() if _is_whole(made) and layout.takes_apart(models[0], n)}
@@ -323,6 +328,13 @@ def _left_out(models: Models, made: Iterable[Made]) -> Iterator[tuple[int, str, 
             for part in patch.tensors():
                 if (number, part.name) not in used:
                     yield number, part.name, "experts can't hold this part of the adapter"
+
+
+def _tokenizer_digest(models: Models) -> list[str]:
+    """What tells the tokenizer's files from others."""
+    folder = models.tokenizer_of(0)[1]
+    found = [path for name in sorted(TOKENIZER_FILES) if (path := folder / name).is_file()]
+    return [f"{path.name} {blake2b(path.read_bytes(), digest_size=8).hexdigest()}" for path in found]
 
 
 def _digest(recipe: MoeRecipe, plan_sources: tuple[Source, ...], facts: tuple[object, ...]) -> str:

@@ -76,6 +76,12 @@ def read_dense(model: Model, accepts: tuple[str, ...], target: str) -> Dense:
     key_value = config.get("num_key_value_heads") or query
     heads = Heads(query, int(key_value), int(config.get("head_dim") or hidden // query))
     rope = read_rope(config)
+    if kind == "phi3" and rope.kind not in ("default", "longrope"):
+        raise IncompatibleError(f"{model.reference} has '{rope.kind}' rotary scaling, which Phi-3 models don't have")
+    if kind == "phi3" and target == "Phi-3 MoE" and rope.scaling.get("attention_factor") is not None:
+        raise IncompatibleError(
+            f"{model.reference} sets 'attention_factor', which a {target} can't hold; use architecture: mixtral"
+        )
     if rope.partial < 1 and rope.kind not in ("default", "longrope"):
         raise IncompatibleError(
             f"{model.reference} rotates a part of each head with '{rope.kind}' scaling; only longrope can be rewritten"

@@ -206,13 +206,14 @@ def hold_out(sets: Sequence[PromptSet]) -> tuple[tuple[PromptSet, ...], tuple[st
     enough = all(len(s.positive) >= _HELD_OUT_FROM for s in others)
     split = tuple(_every_fourth(s) if not s.held_out and enough else s for s in sets)
     remarks = []
+    without = [e for e, one in enumerate(split) if not one.held_out]
+    if without:
+        counts = ", ".join(f"{len(split[e].positive)} for expert {e}" for e in without)
+        remarks.append(
+            f"too few positive prompts to hold some out for measuring ({counts}): give every expert {_HELD_OUT_FROM}, "
+            f"or 'held_out_prompts'"
+        )
     for e, one in enumerate(split):
-        if not one.held_out:
-            had = f"only {len(one.positive)}" if len(one.positive) < _HELD_OUT_FROM else f"{len(one.positive)}"
-            remarks.append(
-                f"expert {e}: {had} positive prompts, none held out to measure with (every expert needs "
-                f"{_HELD_OUT_FROM}, or 'held_out_prompts')"
-            )
         used = {(p.text, p.messages) for p in one.positive}
         same = sum((p.text, p.messages) in used for p in one.held_out)
         if same:

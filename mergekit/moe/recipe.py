@@ -61,6 +61,8 @@ def load_moe_recipe(
     if isinstance(source, MoeConfiguration):
         source = source.model_dump(mode="json", exclude_defaults=True)
     text = text_of(source)
+    if "merge_method" in text.value and "experts" not in text.value:
+        raise RecipeError("this is the recipe of a merge; use `mergekit merge`", place=text.place(("merge_method",)))
     config = validate(text, MoeConfiguration)
     recipe = MoeRecipe(config, text, _shared(config, text), (*text.duplicates, *_alike(text, config)))
     if config.shared_experts:

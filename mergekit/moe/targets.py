@@ -83,8 +83,15 @@ def _mixtral_config(dense: Dense, counts: Counts) -> dict[str, Any]:
     return config
 
 
+def _training_notices(counts: Counts) -> list[str]:
+    if counts.per_token > 1 or counts.experts == 1:
+        return []
+    return ["with one expert per token its weight is always 1, so in training only the load-balancing loss reaches the "
+            "routers; set 'experts_per_token: 2' to train them"]  # fmt: skip
+
+
 def _mixtral_notices(dense: Dense, counts: Counts) -> list[str]:
-    notices = []
+    notices = _training_notices(counts)
     if counts.experts & (counts.experts - 1):
         notices.append(f"{counts.experts} experts: some releases of llama.cpp want 2, 4, 8, ... of them")
     if dense.rope.kind == "longrope" or dense.rope.partial < 1:
@@ -94,16 +101,22 @@ def _mixtral_notices(dense: Dense, counts: Counts) -> list[str]:
             f"Mixtral keeps the keys it has cached; 'architecture: phi3moe' does as the dense model does"
         )
         notices.append(
-            "llama.cpp reads a Mixtral without its longrope factors: its results would be wrong for this model"
+            "llama.cpp reads a Mixtral without its longrope factors: its results would be wrong for this model; vLLM "
+            "takes the long factors for all texts once its max_model_len exceeds the original context"
         )
-    elif dense.window is not None:
+    if dense.rope.partial < 1:
+        notices.append(
+            "a partial rotary embedding is rewritten as a full one: exact in float32; in 16 bits some rows of queries "
+            "and keys are rounded once more (phi3moe leaves them as they are)"
+        )
+    elif dense.rope.kind != "longrope" and dense.window is not None:
         notices.append(
             f"llama.cpp reads a Mixtral without its sliding window: right up to {dense.window} tokens of context"
         )
     return notices
 
 
-_PHI3_ONLY = ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "partial_rotary_factor")
+_PHI3_ONLY = ("head_dim", "resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "partial_rotary_factor")
 _CODE = Path(__file__).parent / "phi3moe"
 
 
@@ -140,7 +153,10 @@ def _phi3moe_config(dense: Dense, counts: Counts) -> dict[str, Any]:
 
 
 def _phi3moe_notices(dense: Dense, counts: Counts) -> list[str]:
-    notices = ["the result loads with trust_remote_code=True: its two Python files lie beside the weights"]
+    notices = [
+        *_training_notices(counts),
+        "the result loads with trust_remote_code=True: its two Python files lie beside the weights",
+    ]
     if dense.rope.partial < 1:
         notices.append("a partial rotary embedding needs transformers 4.49 or newer")
     return notices

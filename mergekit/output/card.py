@@ -99,17 +99,18 @@ def hub_names(plan: Plan) -> list[str]:
 
 
 def without_paths(text: str, plan: Plan) -> str:
-    """``text`` with each local path of a source replaced by the model's short name."""
+    """``text`` with each local path of a source replaced by the model's short name, any other by its last part."""
     names = {source.reference: source.short for source in plan.sources}
     for source in plan.sources:
         path, short = _first(source)
         names.update({path: short, source.folder: short})
     paths = sorted((p for p in names if len(p) > 1 and p != names[p]), key=len, reverse=True)
-    if not paths:
-        return text
     # Not inside another word or path: a folder may be called "base".
     found = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, paths))})(?![\w/-])")
-    return found.sub(lambda match: names[match[1]], text)
+    return _ABSOLUTE.sub(lambda match: match[1], found.sub(lambda match: names[match[1]], text) if paths else text)
+
+
+_ABSOLUTE = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s'\",:;()]+/)*([^\s'\",:;()/]+)")
 
 
 def _first(source: Source) -> tuple[str, str]:

@@ -33,6 +33,8 @@ __all__ = ["STAGING", "Staging", "holds_weights"]
 
 STAGING = ".mergekit-staging"
 _MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
+_OURS = ("routing.json", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
+"""Files of a mixture that would say something false beside another model."""
 _COMMIT_BYTES = 1 << 30
 _COMMIT_SECONDS = 5.0
 
@@ -305,6 +307,8 @@ def holds_weights(folder: Path) -> list[str]:
 
 def _remove_old_model(folder: Path) -> None:
     (folder / "config.json").unlink(missing_ok=True)
+    for name in _OURS:
+        (folder / name).unlink(missing_ok=True)
     for name in sorted(holds_weights(folder), key=lambda n: not n.endswith(".index.json")):
         (folder / name).unlink(missing_ok=True)
 

@@ -59,6 +59,11 @@ def load_recipe(source: str | Path | Mapping[str, Any] | MergeConfiguration) -> 
         config = source
     else:
         text = text_of(source)
+        if isinstance(text.value, dict) and "experts" in text.value and "merge_method" not in text.value:
+            raise RecipeError(
+                "this is the recipe of a mixture of experts; use `mergekit moe` (with --dry-run to look first)",
+                place=text.place(("experts",)),
+            )
         config = validate(text, MergeConfiguration)
     try:
         method = get_method(config.merge_method)
