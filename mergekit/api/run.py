@@ -80,13 +80,11 @@ def _kernels(plan: Plan, on_compile: Callable[[list[str]], None] | None) -> Any:
         from mergekit.kernels.accelerator import TorchKernels
 
         return TorchKernels(plan.device)
+    from mergekit.execute import forms
     from mergekit.kernels import cpu
     from mergekit.kernels.warmup import cold_forms, warm_up
-    from mergekit.methods import get_method
-    from mergekit.methods.spec import Sparse
 
-    form = "sparse" if isinstance(get_method(plan.method).form, Sparse) else "span"
-    cold = cold_forms(dict.fromkeys(["span", form]))
+    cold = cold_forms(forms(plan))
     if cold:
         if on_compile:
             on_compile(cold)
