@@ -95,6 +95,30 @@ def test_a_token_sent_to_one_expert_gets_that_experts_mlp(form, tmp_path):
     assert torch.allclose(logits(opened(out), 16), logits(load(base), 16), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mini-4k", "phi-4-mini"])
+def test_both_forms_compute_the_same_mixture(name, tmp_path):
+    """Different experts, two of three per token: two implementations of routing, ours and Mixtral's, agree."""
+    if not can_run(name):
+        pytest.skip("this release of transformers has no partial rotary embeddings in Phi-3")
+    base, *others = (save_dense(tmp_path / str(i), MEMBERS[name], seed=i) for i in range(3))
+    native, own = (mixture(base, tmp_path / f, base, *others, architecture=f) for f in ("mixtral", "phi3moe"))
+    found = logits(opened(native), 40)
+    assert (found - logits(opened(own), 40)).abs().max().item() <= 1e-5
+    assert (found - logits(load(base), 40)).abs().max().item() > 0.01
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 2e-2), ("float16", 2e-3)])
+@pytest.mark.parametrize("form", ["mixtral", "phi3moe"])
+def test_in_half_precision_only_rewritten_rows_are_rounded_again(form, dtype, limit, tmp_path):
+    if not can_run("phi-4-mini"):
+        pytest.skip("this release of transformers has no partial rotary embeddings in Phi-3")
+    base = save_dense(tmp_path / "base", MEMBERS["phi-4-mini"], dtype=getattr(torch, dtype))
+    out = mixture(base, tmp_path / "out", architecture=form)
+    difference = (logits(opened(out), 40) - logits(load(base), 40)).abs().max().item()
+    print(f"{form} {dtype}: {difference:.1e}")
+    assert difference <= (limit if form == "mixtral" else 1e-5)
+
+
 def test_the_stored_names_are_those_of_published_mixtrals(tmp_path):
     base = save_dense(tmp_path / "base", MEMBERS["mini-4k"])
     names = set(load_file(mixture(base, tmp_path / "out") / "model.safetensors"))
