@@ -134,7 +134,15 @@ def _continuation(model: Any, made: MoePlan, tokenizer: Any | None) -> str:
     if tokenizer is not None:
         text = next((p.text for prompts in made.prompts for p in prompts.positive if p.text), "The")
         prompt = tokenizer(text, return_tensors="pt").input_ids[:, :16]
-    out = model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape), max_new_tokens=12, do_sample=False)
+        if int(prompt.max()) >= int(made.dense.config["vocab_size"]):
+            prompt, tokenizer = _some_tokens(made)[:, :8], None  # not this model's tokenizer
+    try:
+        out = model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape), max_new_tokens=12, do_sample=False)
+    except Exception as error:  # transformers raises whatever its parts do
+        raise RunError(
+            f"the self-test failed: the model is written, but it can't generate ({_first_line(error)}); look at its "
+            f"generation_config.json"
+        ) from None
     more = out[0, prompt.shape[1] :]
     if tokenizer is None:
         return f"generates: token ids {more.tolist()}"
@@ -160,10 +168,13 @@ def _load(folder: Path, dtype: Any, *, ours: bool = False) -> Any:
             folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=ours
         )
     except Exception as error:  # transformers raises whatever its parts do
-        raise RunError(
-            f"the self-test failed: {folder} does not load ({type(error).__name__}: {error!s:.300})"
-        ) from None
+        raise RunError(f"the self-test failed: {folder} does not load ({_first_line(error)})") from None
     return model.eval(), info
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]:.200}"
 
 
 @contextmanager

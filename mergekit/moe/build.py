@@ -14,11 +14,11 @@ from mergekit.checkpoint import read_json
 from mergekit.dtypes import DType, promote, recipe_dtype
 from mergekit.errors import RecipeError
 from mergekit.families.align import align
-from mergekit.families.config import set_dtype
+from mergekit.families.config import set_dtype, set_tied
 from mergekit.families.layout import is_derived_buffer, is_embedding, is_head
 from mergekit.methods import get_method
 from mergekit.methods.spec import Span
-from mergekit.moe.dense import Dense, is_mlp, read_dense
+from mergekit.moe.dense import Dense, check_tensors, is_mlp, read_dense
 from mergekit.moe.layout import Layout
 from mergekit.moe.prepared import PreparedFile, router_file
 from mergekit.moe.prompts import PromptSet, hold_out, prompt_set
@@ -82,6 +82,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         fetch=options.fetch,
     )
     dense = read_dense(models[0], target.accepts, target.title)
+    check_tensors(dense, models[0])
     positions = tuple(models.position(e.source_model) for e in config.experts)
     for position in dict.fromkeys(positions):
         _check_expert(recipe, dense, models[0], models[position], target)
@@ -112,6 +113,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
     outputs, shards, index = pack(made, options.shard_size)
     entries = target.config(dense, counts)
     set_dtype(entries, dtype)
+    set_tied(entries, not any(is_head(tensor.name) for tensor in made))
     warnings += [*disagreements(models), *_check_vocabularies(recipe, models, positions, made)]
     warnings += _lost_attention(models, positions, left_out)
     copied = donor_files(models, tokenizer=options.copy_tokenizer)
@@ -183,6 +185,11 @@ def _check_expert(recipe: MoeRecipe, dense: Dense, base: Model, model: Model, ta
     if other.model_type != dense.model_type:
         raise recipe.fault(
             f"expert '{model.reference}' is a '{other.model_type}' model, but the base is a '{dense.model_type}'",
+            *recipe.path_of(model.reference),
+        )
+    if recipe.config.attention != "base" and (other.heads, other.rope.partial) != (dense.heads, dense.rope.partial):
+        raise recipe.fault(
+            f"expert '{model.reference}' has other attention heads than the base; only 'attention: base' fits",
             *recipe.path_of(model.reference),
         )
     mine, theirs = base.tensors.get(base.embedding or ""), model.tensors.get(model.embedding or "")

@@ -75,7 +75,7 @@ def prompt_set(expert: Expert, folder: Path, place: Callable[[str], str]) -> Pro
         found = [_prompt(text, place(key)) for text in getattr(expert, key) or ()]
         file = getattr(expert, f"{key}_file")
         if file is not None:
-            found += read_prompts(folder / Path(file).expanduser(), place(f"{key}_file"))
+            found += read_prompts(folder / file, place(f"{key}_file"))
         distinct: dict[Any, Prompt] = {}
         for prompt in found:
             distinct.setdefault((prompt.text, prompt.messages), prompt)
@@ -93,6 +93,8 @@ def read_prompts(path: Path, place: str | None = None) -> tuple[Prompt, ...]:
             f"{path.name} is no prompt file; name it .txt (one prompt a line) or .jsonl (one object a line)", place
         )
     try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"cannot read the prompt file {path}: it is no regular file", place)
         with path.open("rb") as stream:
             raw = stream.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name

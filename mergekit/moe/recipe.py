@@ -71,7 +71,7 @@ def load_moe_recipe(
         )
     if recipe.uses_prompts:
         _check_prompts(recipe)
-    models = [(e.source_model, e.noise_scale or 0) for e in config.experts]
+    models = [(e.source_model, e.noise_scale or 0, e.residual_scale) for e in config.experts]
     if len(models) > 1 and len(set(models)) == 1 and not models[0][1] and not allow_all_same:
         raise recipe.fault(
             f"all {len(models)} experts are '{models[0][0]}', so routing changes nothing until the result is trained; "

@@ -68,6 +68,8 @@ class MoeConfiguration(Strict):
     def _known_attention(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in ("base", "average"):
             raise ValueError(f"'{value}': write base, average, or a mapping with merge_method and parameters")
+        if not isinstance(value, str | dict | SharedMerge) or (isinstance(value, dict) and "merge_method" not in value):
+            raise ValueError("write base, average, or a mapping with merge_method and parameters")
         return value
 
     @model_validator(mode="after")

@@ -76,10 +76,11 @@ def _mixtral_config(dense: Dense, counts: Counts) -> dict[str, Any]:
         scaling |= {"short_factor": list(full.short_factor), "long_factor": list(full.long_factor)}
     if kind != "default":
         config["rope_scaling"] = {"type": kind, "rope_type": kind, **scaling}
-    if kind == "longrope" and original is not None:
-        # Inside for vLLM, outside for transformers.
+    if kind != "default" and original is not None:
+        # Inside for vLLM, outside for transformers; but a scaling with a factor of its own must not get a second one.
         config["rope_scaling"]["original_max_position_embeddings"] = original
-        config["original_max_position_embeddings"] = original
+        if kind == "longrope" and "factor" not in scaling:
+            config["original_max_position_embeddings"] = original
     return config
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from mergekit.checkpoint.positional import write_at
 from mergekit.errors import (
     DiskSpaceError,
-    IncompatibleError,
     InputChangedError,
     NonFiniteError,
     RunError,
@@ -88,7 +87,7 @@ class Staging:
         """Commit what is finished and close everything; the staging folder stays if another run can use it."""
         self._stop_committer()
         try:
-            if kind is not None and issubclass(kind, IncompatibleError | NonFiniteError | InputChangedError):
+            if kind is not None and issubclass(kind, UsageError | NonFiniteError | InputChangedError):
                 self._discard()
             elif kind is not None and self.folder.exists():
                 self._commit()
