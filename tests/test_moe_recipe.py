@@ -174,3 +174,69 @@ def test_faults_of_the_shared_merge_point_at_attention(models, tmp_path):
     assert "'ties' needs 'weight'" in message
     assert "under 'parameters' of 'attention'" in message
     assert "r.yml:" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"num_hidden_layers": 5}, "config.json says 5 layers, but the files hold 3 layers"),
+        ({"num_hidden_layers": 10**9}, "config.json says 1000000000 layers"),
+        ({"num_key_value_heads": 3}, "qkv_proj.weight has to be [192, 96]"),
+        ({"num_key_value_heads": "x"}, "no usable 'num_key_value_heads'"),
+        ({"head_dim": [1]}, "no usable 'head_dim'"),
+        ({"vocab_size": 2048}, "embed_tokens.weight has to be [2048, 96]"),
+        ({"vocab_size": None}, "no usable 'vocab_size'"),
+        ({"sliding_window": 0}, "no usable 'sliding_window'"),
+        ({"rope_theta": "x"}, "no usable rotary settings"),
+        ({"rope_theta": None}, "no usable rotary settings"),
+        ({"partial_rotary_factor": 2.0}, "no usable rotary settings"),
+        ({"rope_scaling": {"type": "longrope"}}, "no usable rotary settings"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": 1, "long_factor": [1]}}, "no usable rotary settings"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' rotary scaling"),
+    ],
+)
+@pytest.mark.parametrize("form", ["mixtral", "phi3moe"])
+def test_a_base_that_is_not_what_its_config_says(form, change, expected, models, tmp_path):
+    import shutil
+
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **change}))
+    record = {**recipe(models, "one", "two"), "base_model": str(base), "architecture": form}
+    with pytest.raises((UsageError, IncompatibleError)) as caught:
+        plan_moe(record)
+    assert expected in str(caught.value)
+
+
+def test_an_untied_expert_unties_the_head_of_the_average(tmp_path):
+    save_dense(tmp_path / "base", {**PHI3, "tie_word_embeddings": True})
+    save_dense(tmp_path / "one", {**PHI3, "tie_word_embeddings": True}, seed=1)
+    save_dense(tmp_path / "two", PHI3, seed=2)
+    words = {**recipe(tmp_path, "one", "two"), "gate_mode": "random"}
+    assert json.loads(plan_moe(words).plan.config)["tie_word_embeddings"] is True
+    merged = plan_moe({**words, "attention": "average"}).plan
+    assert "lm_head.weight" in [o.name for o in merged.outputs]
+    assert json.loads(merged.config)["tie_word_embeddings"] is False
+
+
+def test_what_a_config_leaves_out_is_the_familys_default(tmp_path):
+    """Mixtral's own defaults are others."""
+    for name in ("base", "one", "two"):
+        save_dense(tmp_path / name, {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral"})
+        path = tmp_path / name / "config.json"
+        config = json.loads(path.read_text())
+        del config["rms_norm_eps"]
+        config["max_position_embeddings"] = 8192
+        path.write_text(json.dumps(config))
+    config = json.loads(plan_moe({**recipe(tmp_path, "one", "two"), "gate_mode": "random"}).plan.config)
+    assert config["sliding_window"] == 4096
+    assert config["rms_norm_eps"] == 1e-6
+
+
+def test_a_pipe_is_no_prompt_file(models, tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "p.txt")
+    record = recipe(models, "one", "two")
+    record["experts"][0]["positive_prompts_file"] = str(tmp_path / "p.txt")
+    assert "no regular file" in fault(tmp_path, record)

@@ -126,9 +126,9 @@ def _rope(model: Model, config: Mapping[str, Any], head: int) -> Rope:
 
 def check_tensors(dense: Dense, model: Model) -> None:
     """Refuse a base whose tensors are not exactly those that its config describes."""
-    stack = model.layout.main
-    if stack is None or stack.prefix != "model.layers." or stack.count != dense.layers:
-        found = "no numbered layers" if stack is None else f"{stack.count} layers under '{stack.prefix}'"
+    stack = model.layout.stacks.get("model.layers.")
+    if stack is None or stack.count != dense.layers:
+        found = "none that are numbered so" if stack is None else f"{stack.count} layers"
         raise IncompatibleError(
             f"{model.reference}: config.json says {dense.layers} layers, but the files hold {found}; "
             f"'model.layers.0' to 'model.layers.{dense.layers - 1}' are wanted"
