@@ -211,7 +211,10 @@ def test_every_input_tensor_is_used_or_listed(tmp_path):
     assert not used & listed
 
 
-@pytest.mark.skipif("MERGEKIT_TRANSFORMERS4" not in os.environ, reason="MERGEKIT_TRANSFORMERS4 names no other Python")
+@pytest.mark.skipif(
+    "MERGEKIT_TRANSFORMERS4" not in os.environ,
+    reason="needs a second Python with another transformers; set MERGEKIT_TRANSFORMERS4 to it",
+)
 def test_the_same_on_another_release_of_transformers():
     """Runs this file with the Python that MERGEKIT_TRANSFORMERS4 names, in whose environment mergekit is installed."""
     python = os.environ["MERGEKIT_TRANSFORMERS4"]

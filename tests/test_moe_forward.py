@@ -298,7 +298,7 @@ def test_tokens_without_an_embedding_are_refused(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
 def test_an_accelerator_agrees(tmp_path):
     _, weights, gates = mixture(tmp_path, 3, 2)
     prompts = prompts_of([9, 23, 4, 14])

@@ -31,7 +31,7 @@ class Target:
     """One output family. ``{layer}`` stands in ``router``, ``{expert}`` in the names of ``experts``.
 
     ``experts`` maps modules of a dense layer to modules of the output's; ``splits``: fused matrices are taken apart.
-    ``config`` makes the entries of config.json; ``code`` are files that come along; ``notes`` say where it runs.
+    ``config`` makes the entries of config.json; ``code`` are files that come along; ``notices`` say where it runs.
     """
 
     name: str
@@ -51,13 +51,11 @@ _COMMON = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 """Keys that dense models and Mixtral share, with the same meaning."""
 
 
-def _mixtral_config(dense: Dense, counts: Counts) -> dict[str, Any]:
-    """Keys of transformers 4, which version 5 reads too; the other way round rotary settings are lost silently."""
-    config: dict[str, Any] = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
-    config |= {key: dense.config[key] for key in _COMMON if key in dense.config}
-    config |= {
+def _entries(dense: Dense, counts: Counts) -> dict[str, Any]:
+    """What every target's config.json says in the same words."""
+    return {
+        **{key: dense.config[key] for key in _COMMON if key in dense.config},
         "num_key_value_heads": dense.heads.key_value,
-        "head_dim": dense.heads.size,
         "sliding_window": dense.window,
         "rope_theta": dense.rope.theta,
         "rope_scaling": None,
@@ -65,10 +63,13 @@ def _mixtral_config(dense: Dense, counts: Counts) -> dict[str, Any]:
         "num_experts_per_tok": counts.per_token,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
-        "router_jitter_noise": 0.0,
     }
-    # Mixtral's own default differs from that of the dense families.
-    config.setdefault("tie_word_embeddings", False)
+
+
+def _mixtral_config(dense: Dense, counts: Counts) -> dict[str, Any]:
+    """Keys of transformers 4, which version 5 reads too; the other way round rotary settings are lost silently."""
+    config: dict[str, Any] = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    config |= {**_entries(dense, counts), "head_dim": dense.heads.size, "router_jitter_noise": 0.0}
     scaling, kind, original = dict(dense.rope.scaling), dense.rope.kind, dense.rope.original
     if dense.rope.partial < 1:
         full = full_rotary(dense.rope, dense.heads.size, dense.positions)
@@ -131,18 +132,8 @@ def _phi3moe_config(dense: Dense, counts: Counts) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_phi3_moe.Phi3MoEForCausalLM",
         },
     }
-    config |= {key: dense.config[key] for key in (*_COMMON, *_PHI3_ONLY) if key in dense.config}
-    config |= {
-        "num_key_value_heads": dense.heads.key_value,
-        "sliding_window": dense.window,
-        "rope_theta": dense.rope.theta,
-        "rope_scaling": None,
-        "num_local_experts": counts.experts,
-        "num_experts_per_tok": counts.per_token,
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.001,
-    }
-    config.setdefault("tie_word_embeddings", False)
+    config |= {key: dense.config[key] for key in _PHI3_ONLY if key in dense.config}
+    config |= _entries(dense, counts)
     if dense.rope.partial < 1:
         config["partial_rotary_factor"] = dense.rope.partial
     if dense.rope.kind == "longrope":

@@ -9,9 +9,9 @@ from typing import Any
 from mergekit.methods import get_method
 from mergekit.planning.plan import Plan, Source
 
-__all__ = ["hub_names", "model_card", "render", "without_paths"]
+__all__ = ["FRONT_MATTER", "hub_names", "model_card", "render", "without_paths"]
 
-_TEMPLATE = """\
+FRONT_MATTER = """\
 ---
 {%- if hub_names %}
 base_model:
@@ -23,6 +23,10 @@ library_name: transformers
 tags:
 - mergekit
 - merge
+"""
+"""The head of a card, to be followed by more tags and closed."""
+
+_TEMPLATE = """\
 ---
 # {{ title }}
 
@@ -69,7 +73,7 @@ def model_card(plan: Plan, title: str) -> str:
     models = [source.short for source in plan.sources if not source.adapter]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
     return render(
-        _TEMPLATE,
+        FRONT_MATTER + _TEMPLATE,
         title=title,
         version=plan.version,
         method=method,

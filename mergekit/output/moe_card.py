@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from mergekit.output.card import hub_names, render, without_paths
+from mergekit.output.card import FRONT_MATTER, hub_names, render, without_paths
 from mergekit.planning.plan import Plan
 
 __all__ = ["moe_card"]
 
 _TEMPLATE = """\
----
-{%- if hub_names %}
-base_model:
-{%- for name in hub_names %}
-- {{ name | tojson }}
-{%- endfor %}
-{%- endif %}
-library_name: transformers
-tags:
-- mergekit
-- merge
 - moe
 ---
 # {{ title }}
@@ -35,7 +24,7 @@ router sends every token through {{ per_token }} of the experts.
 Everything else (attention, norms, embeddings, head) is
 {%- if shared == "base" %} that of **{{ base }}**: what the experts learnt there is not in this model.
 {%- elif shared == "average" %} the average of the experts' models.
-{%- else %} merged from the experts' models by `{{ shared }}`.
+{%- else %} merged by `{{ shared }}` (the recipe says of what).
 {%- endif %} Routers: `{{ gate_mode }}`. {{ parameters }} parameters in {{ dtypes }}.
 
 ## Use
@@ -84,7 +73,7 @@ def moe_card(plan: Plan, title: str, routing: str | None) -> str:
     shorts = [source.short for source in plan.sources]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
     return render(
-        _TEMPLATE,
+        FRONT_MATTER + _TEMPLATE,
         title=title,
         version=plan.version,
         hub_names=hub_names(plan),

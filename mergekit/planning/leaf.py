@@ -20,7 +20,7 @@ from mergekit.planning.plan import (
     stored,
 )
 
-__all__ = ["cast", "leaf_of", "patched"]
+__all__ = ["cast", "leaf_of"]
 
 
 def leaf_of(models: Models, position: int, name: str) -> Leaf:
@@ -41,11 +41,6 @@ def leaf_of(models: Models, position: int, name: str) -> Leaf:
         return leaf
     magnitude = None if product.magnitude is None else Read(adapter, product.magnitude)
     return Bake(leaf, Read(adapter, product.a), Read(adapter, product.b), magnitude, product.scale, change.transposed)
-
-
-def patched(model: Model) -> tuple[str, ...]:
-    """The tensors of ``model`` that its adapter changes, by the names and in the order of the model."""
-    return tuple(n for n, change in model.changes.items() if change.saved is not None or change.product is not None)
 
 
 def cast(leaf: Leaf, dtype: DType) -> Expression:
