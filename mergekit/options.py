@@ -60,6 +60,7 @@ OPTIONS: tuple[Option, ...] = (
         "out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str
     ),
     _flag("write_model_card", True, "Write README.md and a copy of the recipe.", "Output"),
+    _flag("stats", True, "Write merge_stats.json: figures about each merged tensor.", "Output"),
     _flag(
         "safe_serialization",
         True,
@@ -132,6 +133,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "random_seed", ("--random-seed",), None, "Seed of random methods (else the recipe's, else 0).", "Result", int
     ),
+    Option("method_file", ("--method-file",), (), "Python file that defines merge methods; it is run.", "Result", Path),
     _flag("allow_nonfinite", False, "Go on when a computed tensor holds NaN or infinity.", "Dangerous"),
     _flag("allow_crimes", False, "Merge models of different architectures.", "Dangerous"),
     _flag("unsafe_truncate_embeddings", False, "Cut embeddings even below the tokenizer's ids.", "Dangerous"),
@@ -187,6 +189,8 @@ class _MergeOptionsBase:
             allow_nonfinite=get("allow_nonfinite"),
             unsafe_truncate_embeddings=get("unsafe_truncate_embeddings"),
             cache_dir=Path(cache) if cache else None,
+            statistics=get("stats"),
+            method_files=tuple(Path(path) for path in get("method_file")),
             quiet=get("quiet"),
         )
 
@@ -244,6 +248,8 @@ def add_merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
             settings["count"] = True
         elif option.kind is bool:
             settings["show_default"] = False
+        elif option.default == ():
+            settings.update(multiple=True, type=option.kind)
         else:
             settings["type"] = option.kind
         collected = click.option(*option.flags, option.field, **settings)(collected)

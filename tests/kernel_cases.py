@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mergekit.dtypes import BF16, F16, F32, F64, DType
-from mergekit.execute.merge_work import SparseWork
-from mergekit.execute.work import Buffers
+from mergekit.execute.buffers import Buffers
+from mergekit.execute.merge_work import merge_work
+from mergekit.execute.work import Job
 from mergekit.kernels import cpu
 from mergekit.kernels.accelerator import TorchKernels
 from mergekit.planning.plan import Apply, OutputTensor
@@ -102,7 +103,7 @@ class ArraySink:
     def write(self, output: OutputTensor, start: int, data: np.ndarray) -> None:
         self.data[start : start + len(data)] = data
 
-    def finish(self, output: OutputTensor, checksum: int) -> None:
+    def finish(self, output: OutputTensor, checksum: int, figures: object) -> None:
         assert checksum == cpu.checksum(self.data, 0)
 
     def note(self, text: str) -> None:
@@ -128,7 +129,7 @@ def merge_sparse(
     output = OutputTensor("t", (size,), out, "model.safetensors", 0, size * out.size, apply)
     readers = [ArrayReader(m, d) for m, d in zip(models, dtypes or [F32] * (count + 1), strict=True)]
     sink = ArraySink(output.nbytes)
-    work = SparseWork(apply, seed, False, output, readers, kernels, sink, block)
+    work = merge_work(apply, Job(output, tuple(readers), kernels, sink, block, seed=seed))
     buffers = Buffers()
     for phase in range(work.phases):
         for index in reversed(range(len(work.ranges))):

@@ -49,7 +49,7 @@ class Collect:
     def write(self, output, start, data):
         self.data[output.name][start : start + len(data)] = data.tobytes()
 
-    def finish(self, output, checksum):
+    def finish(self, output, checksum, figures):
         self.sums[output.name] = checksum
 
     def note(self, text):
@@ -101,8 +101,8 @@ def interrupt_after(monkeypatch, count: int) -> None:
 
     finish, seen = Staging.finish, []
 
-    def stop(self, output, checksum):
-        finish(self, output, checksum)
+    def stop(self, output, checksum, figures):
+        finish(self, output, checksum, figures)
         seen.append(output)
         if len(seen) == count:
             raise KeyboardInterrupt

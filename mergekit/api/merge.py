@@ -58,6 +58,7 @@ def plan_options(options: RunOptions, fetch: bool) -> PlanOptions:
         copy_tokenizer=options.copy_tokenizer,
         allow_nonfinite=options.allow_nonfinite,
         seed=options.seed,
+        statistics=options.statistics,
         device=options.device,
         cache_dir=options.cache_dir,
         fetch=fetch,

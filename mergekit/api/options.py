@@ -15,7 +15,8 @@ class RunOptions:
     """What changes a run, and never the meaning of a recipe.
 
     ``shard_size`` in bytes (0: one file); ``threads`` None means one for each processor; ``device`` is ``cpu`` or a
-    torch device; ``seed`` overrides the recipe's.
+    torch device; ``seed`` overrides the recipe's. ``statistics``: write merge_stats.json. ``method_files`` are Python
+    files that define merge methods; they are run.
     """
 
     shard_size: int = 5_000_000_000
@@ -28,6 +29,8 @@ class RunOptions:
     restart: bool = False
     allow_crimes: bool = False
     allow_nonfinite: bool = False
+    statistics: bool = True
+    method_files: tuple[Path, ...] = ()
     unsafe_truncate_embeddings: bool = False
     cache_dir: Path | None = None
     quiet: bool = True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class _File:
             written = write_at(self._descriptor, view, place)
             view, place = view[written:], place + written
 
-    def finish(self, output: OutputTensor, checksum: int) -> None:
+    def finish(self, output: OutputTensor, checksum: int, figures: Mapping[str, Any] | None) -> None:
         """Nothing to record: an unfinished file is written again."""
 
     def note(self, text: str) -> None:
@@ -79,6 +80,7 @@ def write_merged(made: MoePlan, staging: Path, options: RunOptions) -> None:
         stream.write(header)
         stream.truncate(len(header) + made.merged.nbytes)
         stream.flush()
-        run_threads(made.plan, _File(stream.fileno()), outputs=outputs, threads=options.threads)
+        plan = dataclasses.replace(made.plan, statistics=False)
+        run_threads(plan, _File(stream.fileno()), outputs=outputs, threads=options.threads)
         os.fsync(stream.fileno())
     partial.replace(path)

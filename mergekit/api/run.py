@@ -40,7 +40,7 @@ class Hooks:
 def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks: Hooks | None = None) -> list[str]:
     """Execute ``plan`` into ``folder``; returns remarks made on the way."""
     from mergekit.execute import run_threads
-    from mergekit.output import Staging
+    from mergekit.output import STATS, Staging, lost_to_rounding, stats_text
 
     options, hooks = options or RunOptions(), hooks or Hooks()
     _check_places(plan, folder)
@@ -62,8 +62,10 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         )
         _check_inputs(plan)
         more = hooks.measure(staging.folder) if hooks.measure else []
+        if plan.statistics:
+            more = [(STATS, stats_text(plan, staging.figures)), *more]
         staging.publish([*more, *_documents(plan, folder, options, hooks)])
-        return staging.notes
+        return [*lost_to_rounding(plan, staging.figures), *staging.notes]
 
 
 def memory(plan: Plan, options: RunOptions | None = None) -> int:
@@ -112,7 +114,7 @@ def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> l
 
 
 def _document_names(plan: Plan, options: RunOptions) -> list[str]:
-    """The names of the small files of an output, in the order of publishing."""
+    """The names of the small files of an output that don't depend on its tensors, in the order of publishing."""
     names = ["model.safetensors.index.json"] if plan.index else []
     names += [name for _, name in plan.files] + [name for name, _ in plan.texts]
     names += ["README.md", plan.recipe_name] if options.write_model_card else []

@@ -66,7 +66,7 @@ class _Memory:
         """Keep ``data``."""
         self.data[output.name][start : start + len(data)] = data
 
-    def finish(self, output: OutputTensor, checksum: int) -> None:
+    def finish(self, output: OutputTensor, checksum: int, figures: Mapping[str, Any] | None) -> None:
         """Nothing to record."""
 
     def note(self, text: str) -> None:
@@ -80,5 +80,6 @@ def _compute(plan: Plan, made: Sequence[Made], threads: int | None) -> list[Tens
 
     outputs = [OutputTensor(m.name, m.shape, m.dtype, "", 0, m.nbytes(m.dtype), m.expression) for m in made]
     sink = _Memory(outputs)
-    run_threads(dataclasses.replace(plan, allow_nonfinite=True), sink, outputs=outputs, threads=threads)
+    plan = dataclasses.replace(plan, allow_nonfinite=True, statistics=False)
+    run_threads(plan, sink, outputs=outputs, threads=threads)
     return [torch.from_numpy(sink.data[m.name]).view(getattr(torch, m.dtype.name)).reshape(m.shape) for m in made]

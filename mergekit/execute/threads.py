@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mergekit.execute.buffers import Buffers
 from mergekit.execute.inputs import Inputs
 from mergekit.execute.merge_work import make_work
-from mergekit.execute.work import Buffers, Sink, Work
+from mergekit.execute.work import Sink, Work
 from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["default_threads", "run_threads"]

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from mergekit.errors import RunError, UsageError
-from mergekit.kernels import codec, sparse
+from mergekit.kernels import codec, rounding, sparse
 from mergekit.kernels.checksum import checksum
 from mergekit.kernels.philox import GROUP, MULTIPLIERS, ROUNDS, WEYL
 from mergekit.kernels.span import GRAM_BLOCK
+from mergekit.kernels.statistics import statistics
 
 __all__ = ["TorchKernels", "random_words"]
 
@@ -63,8 +64,12 @@ class TorchKernels:
     KEEP_ALL, KEEP_TOP = sparse.KEEP_ALL, sparse.KEEP_TOP
     KEEP_RANDOM, KEEP_NONE = sparse.KEEP_RANDOM, sparse.KEEP_NONE
 
-    # What was written is in the machine's memory; it is checked there.
+    # What was written is in the machine's memory, and so are the inputs of the sample: they are looked at there.
     checksum = staticmethod(checksum)
+    store = staticmethod(rounding.store)
+    round_stochastically = staticmethod(rounding.round_stochastically)
+    count_nonfinite = staticmethod(rounding.count_nonfinite)
+    statistics = staticmethod(statistics)
 
     def __init__(self, device: str) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from mergekit.kernels.checksum import checksum
 from mergekit.kernels.codec import CODES, all_finite
+from mergekit.kernels.rounding import count_nonfinite, round_stochastically, store
 from mergekit.kernels.span import gram, weighted_delta_sum, weighted_sum
 from mergekit.kernels.sparse import (
     COARSE_BINS,
@@ -15,6 +16,7 @@ from mergekit.kernels.sparse import (
     kept_norms,
     sparse_sum,
 )
+from mergekit.kernels.statistics import statistics
 
 __all__ = [
     "COARSE_BINS",
@@ -27,10 +29,14 @@ __all__ = [
     "all_finite",
     "checksum",
     "coarse_histogram",
+    "count_nonfinite",
     "fine_histogram",
     "gram",
     "kept_norms",
+    "round_stochastically",
     "sparse_sum",
+    "statistics",
+    "store",
     "weighted_delta_sum",
     "weighted_sum",
 ]

@@ -72,7 +72,8 @@ def weighted_delta_sum(
 
 
 @reassociating_kernel
-def _dot(a: np.ndarray, b: np.ndarray, count: int) -> np.float32:
+def dot(a: np.ndarray, b: np.ndarray, count: int) -> np.float32:
+    """The inner product of ``count`` float32 numbers, summed in float32."""
     total = np.float32(0)
     for i in range(count):
         total += a[i] * b[i]
@@ -101,4 +102,4 @@ def gram(raw: np.ndarray, codes: np.ndarray, base: int, count: int, totals: np.n
             values[base, :] = 0
         for a in range(n):
             for b in range(a, n):
-                totals[a, b] += np.float64(_dot(values[a], values[b], size))
+                totals[a, b] += np.float64(dot(values[a], values[b], size))

@@ -34,6 +34,11 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
     for form in forms:
         cpu.checksum(out, 0)
         cpu.all_finite(rows[0], 0, count)
+        values = np.zeros(count, np.float32)
+        cpu.store(values, count, out, 0)
+        cpu.round_stochastically(values, count, out, 0, 0, 0, 0)
+        cpu.count_nonfinite(out, 0, count)
+        cpu.statistics(rows, codes, 0, values, out, 0, count, np.zeros((4, 4)), np.zeros(2, np.int64))
         if form == "span":
             cpu.weighted_sum(rows, codes, ones, count, out, 0)
             cpu.weighted_delta_sum(rows, codes, ones, 0, count, out, 0)

@@ -1,11 +1,52 @@
 """Merge methods: one small file each, a declaration and a pure function.
 
 Here: the mathematics of merging. Not here: files, tensor names, devices, threads; the engine deals with those.
-To add one: write ``methods/<name>.py`` with a function decorated by ``@method`` and import it below.
+To add one: write ``methods/<name>.py`` with a function decorated by ``@method`` and import it below. Methods outside
+this package use the same decorator (docs/extending.md).
 """
 
 # The order of import is the order of help and documentation.
 from mergekit.methods import linear, slerp, task_arithmetic, ties, dare_ties, dare_linear, passthrough  # noqa: F401, I001
-from mergekit.methods.spec import Method, get_method, method_names
+from mergekit.methods.registry import get_method, load_method_file, method_names, source_digest
+from mergekit.methods.rules import KeepAll, RandomKeep, SparseMerge, TopMagnitude
+from mergekit.methods.spec import (
+    Choice,
+    Elementwise,
+    Flag,
+    Integer,
+    Method,
+    ParameterError,
+    Real,
+    Span,
+    Sparse,
+    Whole,
+    each,
+    ignored,
+    method,
+    once,
+)
 
-__all__ = ["Method", "get_method", "method_names"]
+__all__ = [
+    "Choice",
+    "Elementwise",
+    "Flag",
+    "Integer",
+    "KeepAll",
+    "Method",
+    "ParameterError",
+    "RandomKeep",
+    "Real",
+    "Span",
+    "Sparse",
+    "SparseMerge",
+    "TopMagnitude",
+    "Whole",
+    "each",
+    "get_method",
+    "ignored",
+    "load_method_file",
+    "method",
+    "method_names",
+    "once",
+    "source_digest",
+]

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import keyword
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from mergekit.errors import UsageError, nearest
+from mergekit.errors import UsageError
+from mergekit.methods.kinds import Choice, Flag, Integer, Kind, ParameterError, Real
 
 __all__ = [
     "REQUIRED",
+    "Choice",
+    "Elementwise",
     "Flag",
+    "Form",
+    "Integer",
     "Method",
     "Parameter",
     "ParameterError",
     "Real",
+    "Space",
     "Span",
     "Sparse",
+    "Vectors",
+    "Whole",
     "each",
-    "get_method",
     "ignored",
     "method",
-    "method_names",
     "once",
+    "register",
 ]
-
-
-class ParameterError(ValueError):
-    """A parameter's value can't be used; the planner adds the place in the recipe."""
 
 
 class _Required:
@@ -40,64 +42,6 @@ class _Required:
 
 
 REQUIRED = _Required()
-
-
-@dataclass(frozen=True, slots=True)
-class Real:
-    """A finite real number, within ``low`` and ``high`` where given. Text such as ``1e-5`` is read as a number."""
-
-    low: float | None = None
-    high: float | None = None
-
-    def read(self, value: object) -> float:
-        """``value`` as a float; ParameterError says what is wrong with it."""
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise ParameterError(f"expected a number, got '{value}'") from None
-        if isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, (int, float)):
-            raise ParameterError(f"expected a number, got {value!r}")
-        try:
-            number = float(value)
-        except OverflowError:
-            raise ParameterError("expected a finite number, got one beyond the range of float64") from None
-        if not math.isfinite(number):
-            raise ParameterError(f"expected a finite number, got {number}")
-        if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
-            raise ParameterError(f"{number:g} is outside {self}")
-        return number
-
-    def __str__(self) -> str:
-        """The type as shown in help."""
-        if self.low is None and self.high is None:
-            return "number"
-        low = "-inf" if self.low is None else f"{self.low:g}"
-        high = "inf" if self.high is None else f"{self.high:g}"
-        return f"number in [{low}, {high}]"
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """True or false. Text such as ``"false"`` and the numbers 0 and 1 are read too."""
-
-    def read(self, value: object) -> bool:
-        """``value`` as a bool; ParameterError says what is wrong with it."""
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, (int, float)) and value in (0, 1):
-            return bool(value)
-        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-            return value.lower() in ("true", "yes", "on", "1")
-        raise ParameterError(f"expected true or false, got {value!r}")
-
-    def __str__(self) -> str:
-        """The type as shown in help."""
-        return "true or false"
-
-
 Scope = Literal["once", "each", "input"]
 
 
@@ -110,7 +54,7 @@ class Parameter:
     """
 
     name: str
-    kind: Real | Flag
+    kind: Kind
     scope: Scope
     default: Any
     help: str
@@ -122,109 +66,182 @@ class Parameter:
         return self.name + "_" if keyword.iskeyword(self.name) else self.name
 
 
-def once(name: str, kind: Real | Flag, default: Any = REQUIRED, *, help: str) -> Parameter:
+def once(name: str, kind: Kind, default: Any = REQUIRED, *, help: str) -> Parameter:
     """Declare a parameter with one value for each output tensor."""
     return Parameter(name, kind, "once", default, help)
 
 
-def each(name: str, kind: Real | Flag, default: Any = REQUIRED, *, help: str, base: bool = False) -> Parameter:
+def each(name: str, kind: Kind, default: Any = REQUIRED, *, help: str, base: bool = False) -> Parameter:
     """Declare a parameter with a value for every model but the base (``base=True``: for every model)."""
     return Parameter(name, kind, "input" if base else "each", default, help)
 
 
-def ignored(name: str, kind: Real | Flag, *, help: str) -> Parameter:
+def ignored(name: str, kind: Kind, *, help: str) -> Parameter:
     """Declare a word that recipes of arcee mergekit carry and that never changes a result."""
     return Parameter(name, kind, "once", None, help, used=False)
+
+
+Space = Literal["weights", "deltas"]
+"""What a function works on: the inputs themselves, or their differences from the base (which is added back)."""
+
+Vectors = Literal["tensor", "rows", "columns"]
+"""What counts as one vector: the whole tensor; each run along its last axis; each run along its first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """The result is a weighted sum of the inputs, whose coefficients may depend on their Gram matrix.
 
-    ``space="deltas"``: coefficients apply to the differences from the base, which is added back. ``gram`` says
-    whether the function needs the Gram matrix: a first pass over the data.
+    The function is ``f(gram, **parameters) -> coefficients``. ``gram`` says whether it needs the Gram matrix (float64
+    [n, n], which costs a first pass over the data); else it gets None. It returns float64 [n]. In the space of deltas
+    n counts the models without the base.
+
+    ``vectors``, called with the parameters, says what the vectors are, where that is not always the whole tensor.
+    For rows or columns ``gram`` is [vectors, n, n] and the coefficients are [vectors, n], so a function that is to
+    serve both indexes from the end: ``gram[..., 0, 1]``.
     """
 
-    space: Literal["weights", "deltas"]
+    space: Space
     gram: bool = False
+    vectors: Callable[..., Vectors] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """The result is the base plus a combination of sparsified deltas, described by a ``SparseMerge``."""
+    """The result is the base plus a combination of sparsified deltas.
+
+    The function is ``f(**parameters) -> SparseMerge`` and never sees a number of the models.
+    """
+
+    space: Space = "deltas"
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """Each element of the result depends on the same element of the inputs, and perhaps on sums over all elements.
+
+    The function is ``f(xp, x, **parameters) -> result`` on chunks: ``x`` is a tuple of float32 arrays [count], of the
+    deltas without the base, or of the inputs with the base first; ``xp`` is numpy or torch, and the function uses only
+    what both have (``xp.abs``, ``xp.where``, ``xp.clip``, ``xp.sign``, arithmetic). It must not change ``x``.
+
+    ``measure(xp, x, **parameters)`` returns sums over the chunk, an array [m]; the engine adds them up over the tensor
+    in float64 and the function becomes ``f(xp, x, sums, **parameters)`` with ``sums`` float64 [m]. It must return zeros
+    for a chunk of zeros.
+
+    ``key(xp, x, **parameters)`` and ``keep(nonzero, size, **parameters)`` select elements first: only the ``keep``
+    elements of largest key are left (of ties, those of lower index), in all models; the others become zero in ``x``.
+    ``nonzero`` counts the keys that are not zero, ``keep`` returning None selects nothing. Keys are not negative.
+    """
+
+    space: Space = "deltas"
+    measure: Callable[..., Any] | None = None
+    key: Callable[..., Any] | None = None
+    keep: Callable[..., int | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The result is any function of whole tensors. The slowest form, and the one that needs memory.
+
+    The function is ``f(x, **parameters) -> result``: ``x`` is a list of float32 torch tensors in their shape, of the
+    deltas without the base, or of the inputs with the base first. It returns a tensor of that shape and does not
+    change ``x``. ``workspace`` is how many float32 copies of the tensor it holds at most, beyond ``x`` and the result.
+    ``seconds``, called with the shape and the number of tensors, estimates its time on two processors.
+    """
+
+    space: Space = "deltas"
+    workspace: float = 4.0
+    seconds: Callable[[tuple[int, ...], int], float] | None = None
+
+
+Form = Span | Sparse | Elementwise | Whole
+Base = Literal["required", "optional", "ignored"]
+Lone = Literal["pass", "merge", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """A merge method: its declaration and its function.
 
-    ``base``: ``required`` (given to the function as the first input) or ``ignored`` (an ordinary input).
-    ``least`` and ``most`` bound the number of inputs, base included. ``lone``: what to do with a tensor that only
-    one input has: ``pass`` it through as it is, or ``merge`` it like any other.
+    ``base``: ``required`` (given to the function as the first input, or taken away from the others), ``optional``
+    (the same where the recipe has one; else the method works on weights) or ``ignored`` (an ordinary input).
+    ``least`` and ``most`` bound the number of inputs; the base counts unless it is optional. ``lone``: what to do with
+    a tensor that one input has: ``pass`` it through; ``merge`` it like any other; or ``skip`` it, with a warning, if
+    fewer inputs have it than the method takes. Where a base is required, a tensor that only the base has is passed.
+    ``check``, called with the parameters while planning, raises ParameterError for values that don't go together.
     """
 
     name: str
     title: str
-    form: Span | Sparse
-    base: Literal["required", "ignored"]
+    form: Form
+    base: Base
     least: int
     most: int | None
-    lone: Literal["pass", "merge"]
+    lone: Lone
     paper: str | None
     url: str | None
     params: tuple[Parameter, ...]
     function: Callable[..., Any]
+    check: Callable[..., None] | None = None
 
     def parameter(self, name: str) -> Parameter | None:
         """The declared parameter called ``name``."""
-        return next((p for p in self.params if p.name == name), None)
+        return next((p for p in (*self.params, *self.options) if p.name == name), None)
+
+    def takes(self, count: int) -> bool:
+        """Whether the method can merge ``count`` inputs, counted as ``least`` and ``most`` are."""
+        return self.least <= count and (self.most is None or count <= self.most)
+
+    @property
+    def options(self) -> tuple[Parameter, ...]:
+        """The options that every method of deltas takes: they change its result, not its function."""
+        if self.base != "required" or self.form.space != "deltas":
+            return ()
+        weighted = any(p.name == "weight" for p in self.params)
+        return tuple(p for p in DELTA_OPTIONS if weighted or p.name != "weighting")
 
     @property
     def summary(self) -> str:
         """The first line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().splitlines()[0]
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
 
 
-_REGISTRY: dict[str, Method] = {}
+DELTA_OPTIONS: tuple[Parameter, ...] = (
+    once("lines_alpha", Real(), 1.0, help="factor on the merged delta in the first layer (LiNeS, arXiv 2410.17146)"),
+    once("lines_beta", Real(), 0.0, help="what is added to that factor until the last layer"),
+)
 F = TypeVar("F", bound=Callable[..., Any])
+REGISTRY: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Make a method known. UsageError if another has its name."""
+    if method.name in REGISTRY:
+        raise UsageError(f"a merge method called '{method.name}' is registered already")
+    REGISTRY[method.name] = method
 
 
 def method(
     name: str,
     *,
-    title: str,
-    form: Span | Sparse,
-    base: Literal["required", "ignored"],
-    models: tuple[int, int | None],
-    paper: str | None,
-    url: str | None,
+    form: Form,
+    base: Base,
     params: list[Parameter],
-    lone: Literal["pass", "merge"] = "merge",
+    models: tuple[int, int | None] = (1, None),
+    title: str | None = None,
+    paper: str | None = None,
+    url: str | None = None,
+    lone: Lone = "merge",
+    check: Callable[..., None] | None = None,
 ) -> Callable[[F], F]:
     """Register the decorated function as merge method ``name``; the function itself stays as it is.
 
-    ``models`` is the least and the greatest number of inputs, base included (None: any). A second method of the
-    same name is refused.
+    ``models`` is the least and the greatest number of inputs (None: any); the base counts unless it is optional. A
+    second method of the same name is refused.
     """
 
-    def register(function: F) -> F:
-        if name in _REGISTRY:
-            raise UsageError(f"a merge method called '{name}' is registered already")
-        _REGISTRY[name] = Method(
-            name, title, form, base, models[0], models[1], lone, paper, url, tuple(params), function
-        )
+    def decorate(function: F) -> F:
+        register(Method(name, title or name, form, base, *models, lone, paper, url, tuple(params), function, check))
         return function
 
-    return register
-
-
-def get_method(name: str) -> Method:
-    """The method called ``name``; UsageError with the nearest name otherwise."""
-    if name not in _REGISTRY:
-        raise UsageError(f"no merge method '{name}'. {nearest(name, _REGISTRY)}")
-    return _REGISTRY[name]
-
-
-def method_names() -> tuple[str, ...]:
-    """Every registered name, in the order of registration."""
-    return tuple(_REGISTRY)
+    return decorate

@@ -7,5 +7,15 @@ Here: writing. Not here: computing, or deciding what to write (``planning`` does
 from mergekit.output.card import model_card
 from mergekit.output.journal import was_publishing
 from mergekit.output.staging import STAGING, Staging, holds_weights
+from mergekit.output.stats import STATS, lost_to_rounding, stats_text
 
-__all__ = ["STAGING", "Staging", "holds_weights", "model_card", "was_publishing"]
+__all__ = [
+    "STAGING",
+    "STATS",
+    "Staging",
+    "holds_weights",
+    "lost_to_rounding",
+    "model_card",
+    "stats_text",
+    "was_publishing",
+]

@@ -19,9 +19,12 @@ from mergekit.checkpoint.positional import read_at
 from mergekit.errors import ResumeError
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["Journal", "was_publishing"]
+__all__ = ["Entry", "Journal", "was_publishing"]
 
 _CHUNK = 1 << 22
+
+Entry = tuple[OutputTensor, int, Mapping[str, Any] | None]
+"""A finished tensor: its place, the checksum of its bytes, and its statistics."""
 
 
 class Journal:
@@ -31,6 +34,7 @@ class Journal:
         self._path, self._identity = path, plan.identity()
         self._descriptor: int | None = None
         self._entries: dict[str, int] = {}
+        self.figures: dict[str, dict[str, Any]] = {}
 
     def open(self) -> bool:
         """Read what is there, or start anew (True). ResumeError if it belongs to other work, saying what changed."""
@@ -45,6 +49,7 @@ class Journal:
                     f"run the old command again to finish it, or pass --restart to throw it away"
                 )
             self._entries = {r["tensor"]: r["checksum"] for r in records[1:] if "tensor" in r}
+            self.figures = {r["tensor"]: r["figures"] for r in records[1:] if r.get("figures")}
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o644)
         if fresh:
             self._write([{"plan": self._identity}])
@@ -59,10 +64,11 @@ class Journal:
         found = (output for output in plan.outputs if output.name in self._entries)
         return frozenset(o.name for o in found if _checksum(files[o.file], o) == self._entries[o.name])
 
-    def append(self, batch: Sequence[tuple[OutputTensor, int]]) -> None:
+    def append(self, batch: Sequence[Entry]) -> None:
         """Record tensors whose bytes have been brought to the disk."""
         if batch:
-            self._write([{"tensor": output.name, "checksum": checksum} for output, checksum in batch])
+            self._write([{"tensor": o.name, "checksum": c, "figures": figures} for o, c, figures in batch])
+            self.figures.update((o.name, dict(figures)) for o, _, figures in batch if figures)
 
     def begin_publishing(self) -> None:
         """Record that files of the result are about to appear in the output folder."""

@@ -12,8 +12,9 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +26,16 @@ from mergekit.errors import (
     RunError,
     UsageError,
 )
-from mergekit.output.journal import Journal
+from mergekit.output.journal import Entry, Journal
+from mergekit.output.stats import STATS
 from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["STAGING", "Staging", "holds_weights"]
 
 STAGING = ".mergekit-staging"
 _MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
-_OURS = ("routing.json", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
-"""Files of a mixture that would say something false beside another model."""
+_OURS = (STATS, "routing.json", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
+"""Files that would say something false beside another model."""
 _COMMIT_BYTES = 1 << 30
 _COMMIT_SECONDS = 5.0
 
@@ -51,7 +53,7 @@ class Staging:
         self._files: dict[str, int] = {}
         self._lock_file: int | None = None
         self._lock = threading.Lock()
-        self._finished: list[tuple[OutputTensor, int]] = []
+        self._finished: list[Entry] = []
         self._uncommitted = 0
         self._last_commit = time.monotonic()
         self._wake = threading.Condition(self._lock)
@@ -102,6 +104,13 @@ class Staging:
         if self._is_new and not any(self.out.iterdir()):
             self.out.rmdir()
 
+    @property
+    def figures(self) -> Mapping[str, Mapping[str, Any]]:
+        """The statistics of every finished tensor, by name."""
+        with self._lock:
+            waiting = {output.name: figures for output, _, figures in self._finished if figures}
+            return {**self.journal.figures, **waiting}
+
     def remaining(self) -> list[OutputTensor]:
         """The tensors that no earlier run has finished."""
         return [output for output in self._plan.outputs if output.name not in self.done]
@@ -118,12 +127,12 @@ class Staging:
         except OSError as error:
             raise _write_fault(error, self.out) from None
 
-    def finish(self, output: OutputTensor, checksum: int) -> None:
+    def finish(self, output: OutputTensor, checksum: int, figures: Mapping[str, Any] | None) -> None:
         """Queue a finished tensor for the journal."""
         with self._wake:
             if self._fault is not None:
                 raise self._fault
-            self._finished.append((output, checksum))
+            self._finished.append((output, checksum, figures))
             self._uncommitted += output.nbytes
             if self._uncommitted >= _COMMIT_BYTES:
                 self._wake.notify()
@@ -156,7 +165,7 @@ class Staging:
         """Bring the shards to the disk, then say in the journal which tensors are there."""
         with self._lock:
             batch, self._finished, self._uncommitted = self._finished, [], 0
-        for file in dict.fromkeys(output.file for output, _ in batch):
+        for file in dict.fromkeys(output.file for output, _, _ in batch):
             os.fsync(self._files[file])
         self.journal.append(batch)
         self._last_commit = time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit.checkpoint import read_json
 from mergekit.dtypes import recipe_dtype
 from mergekit.errors import IncompatibleError, nearest
+from mergekit.methods import source_digest
 from mergekit.planning.agree import disagreements, same_tokenizer
 from mergekit.planning.document import donor_files, make_config
 from mergekit.planning.express import Expresser
@@ -31,6 +32,7 @@ class PlanOptions:
     copy_tokenizer: bool = True
     allow_nonfinite: bool = False
     seed: int | None = None
+    statistics: bool = True
     device: str = "cpu"
     cache_dir: Path | None = None
     fetch: bool = True
@@ -78,6 +80,9 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         recipe=recipe.text.text,
         device=options.device,
         allow_nonfinite=options.allow_nonfinite,
+        rounding=recipe.config.rounding,
+        method_source=source_digest(recipe.method),
+        statistics=options.statistics,
     )
 
 

@@ -14,7 +14,7 @@ from mergekit.dtypes import DType, promote, recipe_dtype
 from mergekit.errors import IncompatibleError
 from mergekit.families.config import vocab_size
 from mergekit.families.layout import is_embedding, is_head
-from mergekit.methods.spec import ParameterError, Span
+from mergekit.methods import ParameterError, Span, Sparse
 from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Models
 from mergekit.planning.plan import Apply, Expression, Identical, Leaf, Read, Split
@@ -73,24 +73,28 @@ class Expresser:
         base = next((i for i, c in enumerate(present) if c.model == slot.base), None)
         if len(present) == 1 and self._passes_alone(slot, present[0]):
             return Made(slot.name, shape, dtype, cast(leaves[0], dtype))
-        order = list(range(len(present)))
-        if self.recipe.method.base == "required" and base is not None:
-            order = [base, *(i for i in order if i != base)]
-        elif self.recipe.method.base == "required":
+        method = self.recipe.method
+        if method.base == "required" and base is None:
             raise IncompatibleError(
-                f"cannot merge {slot.name}: '{self.recipe.method.name}' needs the base's copy, and the base lacks it"
+                f"cannot merge {slot.name}: '{method.name}' needs the base's copy, and the base lacks it"
                 + self._table(slot)
             )
-        parameters = self._parameters(slot, present, base, order)
-        ordered = tuple(leaves[i] for i in order)
+        if not self._enough(slot, present, base):
+            return None
+        order = list(range(len(present)))
+        if method.base != "ignored" and base is not None:
+            order = [base, *(i for i in order if i != base)]
+        values = self._parameters(slot, present, base, order)
+        options = {p.argument: values.pop(p.argument) for p in method.options}
         apply = Apply(
-            self.recipe.method.name,
-            ordered,
+            method.name,
+            tuple(leaves[i] for i in order),
             tuple(present[i].model for i in order),
-            self.recipe.method.base == "required",
-            tuple(sorted(parameters.items())),
+            method.base != "ignored" and base is not None,
+            tuple(sorted(values.items())),
+            options.get("lines_alpha", 1.0) + options.get("lines_beta", 0.0) * slot.t,
         )
-        return Made(slot.name, shape, dtype, self._simplify(slot, apply, parameters, dtype))
+        return Made(slot.name, shape, dtype, self._simplify(slot, apply, values, dtype))
 
     def _with_missing(self, slot: Slot, present: list[Contribution]) -> list[Contribution]:
         """Models that lack a tensor take no part in it, with a warning; a stand-in for a tied head needs none."""
@@ -106,6 +110,20 @@ class Expresser:
         if self.recipe.method.lone == "pass":
             return True
         return self.recipe.method.base == "required" and only.model == slot.base
+
+    def _enough(self, slot: Slot, present: Sequence[Contribution], base: int | None) -> bool:
+        """Whether the method can merge the inputs that there are; else the tensor is refused, or skipped (False)."""
+        method = self.recipe.method
+        count = len(present) - (method.base == "optional" and base is not None)
+        if method.takes(count):
+            return True
+        if method.lone == "skip":
+            self._warn(f"too few models have these tensors for '{method.name}'; they are left out", slot.name)
+            return False
+        raise IncompatibleError(
+            f"cannot merge {slot.name}: only {len(present)} of the models have it, too few for '{method.name}'"
+            + self._table(slot)
+        )
 
     def _copy(self, slot: Slot, only: Contribution) -> Made:
         assert only.info is not None
@@ -199,22 +217,19 @@ class Expresser:
 
     def _simplify(self, slot: Slot, apply: Apply, parameters: dict[str, Any], dtype: DType) -> Expression:
         """Call the method where it needs no data: faults show now, and a plain copy is planned as one."""
-        form = self.recipe.method.form
-        if isinstance(form, Span) and form.gram:
-            return apply
-        arguments = dict(parameters)
+        method, form = self.recipe.method, self.recipe.method.form
         try:
-            result = (
-                self.recipe.method.function(None, **arguments)
-                if isinstance(form, Span)
-                else self.recipe.method.function(**arguments)
-            )
+            if isinstance(form, Sparse):
+                method.function(**parameters)
+            elif isinstance(form, Span) and not form.gram:
+                chosen = np.asarray(method.function(None, **parameters))
+                at = np.flatnonzero(chosen)
+                if form.space == "weights" and len(at) == 1 and chosen[at[0]] == 1.0:
+                    return cast(apply.inputs[int(at[0])], dtype)
+            elif method.check:
+                method.check(**parameters)
         except ParameterError as error:
             raise self.recipe.fault(f"{error} (tensor {slot.name})", *slot.path) from None
-        if isinstance(form, Span) and form.space == "weights":
-            chosen = np.flatnonzero(result)
-            if len(chosen) == 1 and result[chosen[0]] == 1.0:
-                return cast(apply.inputs[int(chosen[0])], dtype)
         if len(apply.inputs) == 1 and apply.has_base:
             return cast(apply.inputs[0], dtype)
         return apply

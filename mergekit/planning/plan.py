@@ -33,6 +33,7 @@ __all__ = [
     "Shard",
     "Source",
     "Split",
+    "inputs_of",
     "leaves",
     "row_size",
     "shape_of",
@@ -161,7 +162,8 @@ class Apply:
     """A merge method on tensors of one shape.
 
     ``models`` are the recipe positions of the inputs (they key the random masks). ``has_base``: the first input is
-    the base. ``parameters`` are the keyword arguments of the method's function, resolved for this tensor.
+    the base. ``parameters`` are the keyword arguments of the method's function, resolved for this tensor. ``scale`` is
+    a factor on the merged delta.
     """
 
     method: str
@@ -169,6 +171,7 @@ class Apply:
     models: tuple[int, ...]
     has_base: bool
     parameters: tuple[tuple[str, Any], ...]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +245,8 @@ class Plan:
     ``prepared_bytes`` is the size of what prepared sources take in the staging folder meanwhile.
     ``config`` and ``index`` are the JSON texts to write, ``recipe`` goes into the file ``recipe_name``;
     ``left_out`` lists input tensors that go nowhere, as (source, tensor, reason). ``device`` is part of the digest
-    because accelerators agree with the CPU only within a tolerance.
+    because accelerators agree with the CPU only within a tolerance. ``method_source`` is a digest of the code of a
+    method that is not built in. ``statistics``: figures are gathered about each merged tensor.
     """
 
     version: str
@@ -266,6 +270,9 @@ class Plan:
     prepared_bytes: int = 0
     device: str = "cpu"
     allow_nonfinite: bool = False
+    rounding: str = "nearest"
+    method_source: str = ""
+    statistics: bool = False
 
     @property
     def bytes_written(self) -> int:
@@ -291,11 +298,12 @@ class Plan:
         """Digests of the parts that a resumed run must share, by the word used in messages."""
         sources = [[s.reference, [dataclasses.astuple(f) for f in s.files]] for s in self.sources]
         work = [(o.name, o.file, o.offset, repr(o.expression), o.dtype.code) for o in self.outputs]
+        options = [self.allow_nonfinite, self.rounding, self.method_source]
         parts = {
             "mergekit's version": self.version,
             "the device": self.device,
             "the input files": json.dumps(sources),
-            "the recipe or its options": json.dumps([work, self.seed, self.config, self.allow_nonfinite]),
+            "the recipe or its options": json.dumps([work, self.seed, self.config, *options]),
         }
         return {word: blake2b(text.encode(), digest_size=12).hexdigest() for word, text in parts.items()}
 
@@ -326,6 +334,13 @@ def _others(expression: Leaf | Cast) -> tuple[Read | None, ...]:
     if isinstance(expression, Bake):
         return (expression.a, expression.b, expression.magnitude)
     return ()
+
+
+def inputs_of(expression: Expression) -> tuple[Leaf, ...]:
+    """The leaves that an expression is made of."""
+    if isinstance(expression, Apply | Identical):
+        return expression.inputs
+    return (expression.input if isinstance(expression, Cast) else expression,)
 
 
 def stored(leaf: Leaf) -> DType | None:

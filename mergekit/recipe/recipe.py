@@ -129,7 +129,7 @@ def _check_parameter(
             text = f"'{recipe.method.name}' has no parameter '{name}' (it belongs to {others[0].name}); ignored"
             warnings.append((place, text))
         else:
-            known = [p.name for p in recipe.method.params]
+            known = [p.name for p in (*recipe.method.params, *recipe.method.options)]
             raise RecipeError(f"'{recipe.method.name}' has no parameter '{name}'. {nearest(name, known)}", place=place)
         return
     if not parameter.used:
@@ -183,10 +183,12 @@ def _check_models(recipe: Recipe) -> None:
             raise recipe.fault(
                 f"the base model '{base}' is not among the sources of this slice; add it with its layer_range", *path
             )
-        count = len(models) + (not is_slice and base is not None and base not in models)
-        if count < method.least or (method.most is not None and count > method.most):
+        count = len([m for m in models if m != base])
+        if method.base != "optional":
+            count += base in models or (not is_slice and base is not None)
+        if not method.takes(count):
             wanted = f"{method.least}" if method.most == method.least else f"at least {method.least}"
-            including = ", the base included" if method.base == "required" else ""
+            including = {"required": ", the base included", "optional": " besides the base", "ignored": ""}[method.base]
             raise recipe.fault(f"'{method.name}' takes {wanted} model(s){including}, but this gives {count}", *path)
     named = config.referenced_models()
     for name in config.input_model_parameters or {}:

@@ -41,14 +41,14 @@ def resolve_parameters(
     slice_scope: Scope,
     outer: Sequence[Scope],
 ) -> dict[str, Any]:
-    """The keyword arguments of the method's function for one output tensor.
+    """The values of a method's parameters and options for one output tensor, by the keyword of its function.
 
     Shared parameters match filters against the output name ``tensor``, per-model ones against the name in that
     model. Precedence: the input's own scope, the slice, ``input_model_parameters``, then ``outer`` (the module's and
     the top level's parameters), then the default. ``t`` is the depth in [0, 1].
     """
     values: dict[str, Any] = {}
-    for parameter in method.params:
+    for parameter in (*method.params, *method.options):
         if not parameter.used:
             continue
         if parameter.scope == "once":

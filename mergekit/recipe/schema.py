@@ -76,6 +76,12 @@ def _base_quantization(value: object) -> object:
     return value
 
 
+def _rounding(value: object) -> object:
+    if value not in ("nearest", "stochastic"):
+        raise ValueError(f"no rounding '{value}'. Valid: nearest, stochastic.")
+    return value
+
+
 ScalarOrGradient = float | int | bool | str | list[float | int | bool | str]
 Reference = Annotated[ModelReference, BeforeValidator(_reference), PlainSerializer(lambda r: r.dump(), return_type=Any)]
 ParameterSetting = Annotated[Any, BeforeValidator(_setting)]
@@ -83,6 +89,8 @@ Parameters = dict[str, ParameterSetting]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 BaseQuantization = Annotated[str, BeforeValidator(_base_quantization)]
 """To what the models below adapters are quantised before the adapters are baked onto them."""
+Rounding = Annotated[str, BeforeValidator(_rounding)]
+"""How results become 16-bit numbers."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 ReferenceText = Annotated[str, BeforeValidator(_reference_text)]
 TokenizerSource = Annotated[Any, BeforeValidator(_tokenizer_source)]
@@ -179,6 +187,7 @@ class MergeConfiguration(Strict):
     chat_template: str | None = None
     seed: Whole | None = Field(default=None, ge=0, lt=1 << 63)
     base_quantization: BaseQuantization = "none"
+    rounding: Rounding = "nearest"
 
     @model_validator(mode="after")
     def _one_form(self) -> MergeConfiguration:

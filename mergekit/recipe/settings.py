@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit.methods.spec import Flag, Real
+from mergekit.methods.kinds import Kind
 
 __all__ = ["Scalar", "evaluate_setting", "first_match", "interpolate", "setting_fault"]
 
@@ -98,7 +98,7 @@ def interpolate(values: Sequence[Any], t: float) -> Any:
     return (1 - share) * values[below] + share * values[above]
 
 
-def evaluate_setting(tensor_name: str, setting: Any, t: float = 0, kind: Real | Flag | None = None) -> Any:
+def evaluate_setting(tensor_name: str, setting: Any, t: float = 0, kind: Kind | None = None) -> Any:
     """The value of ``setting`` for a tensor at depth ``t``; None where it yields none.
 
     With ``kind`` each value is read as that type, before and after interpolation; ParameterError if it can't be.
