@@ -11,10 +11,11 @@ from mergekit.dtypes import F32
 from mergekit.errors import NonFiniteError
 from mergekit.execute.statistics import Tally
 from mergekit.execute.work import Job, Work
+from mergekit.methods import get_method
 from mergekit.planning.plan import Apply
 from mergekit.seeds import stream_key
 
-__all__ = ["FloatWork"]
+__all__ = ["FloatWork", "MergeWork"]
 
 _PIECE = 1 << 14
 """Elements of a piece of the sample that statistics are taken from."""
@@ -42,16 +43,6 @@ class FloatWork(Work):
         self._piece = -(-_PIECE // self.align) * self.align
         self._stride = 1 if self.size <= _SMALL else _EVERY
         self._tally = Tally(len(self.readers), len(self.ranges)) if job.statistics else None
-
-    @classmethod
-    def held(cls, apply: Apply, shape: tuple[int, ...], threads: int) -> int:
-        """Bytes that merging a tensor of ``shape`` holds at once, besides the buffers of blocks."""
-        return 0
-
-    @classmethod
-    def compiled(cls, apply: Apply) -> tuple[str, ...]:
-        """The families of compiled kernels that the work calls, as ``kernels.warmup`` names them."""
-        return ("span",)
 
     def merge(self, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray, code: int) -> bool:
         """Compute a block of the result into ``out`` (uint8) in the element type ``code``; whether all is finite."""
@@ -117,3 +108,23 @@ class FloatWork(Work):
         if not self._noted:
             self._noted = True
             self.sink.note(f"{self.output.name} came out with NaN or infinity (--allow-nonfinite)")
+
+
+class MergeWork(FloatWork):
+    """A merge method applied to tensors. Each form of method has a subclass."""
+
+    def __init__(self, apply: Apply, job: Job, align: int | None = None) -> None:
+        super().__init__(job, align)
+        self.apply, self.method = apply, get_method(apply.method)
+        self.parameters = dict(apply.parameters)
+        self.base = 0 if apply.has_base else -1
+
+    @classmethod
+    def held(cls, apply: Apply, shape: tuple[int, ...], threads: int) -> int:
+        """Bytes that merging a tensor of ``shape`` holds at once, besides the buffers of blocks."""
+        return 0
+
+    @classmethod
+    def compiled(cls, apply: Apply) -> tuple[str, ...]:
+        """The families of compiled kernels that the work calls, as ``kernels.warmup`` names them."""
+        return ("span",)

@@ -6,7 +6,7 @@ from typing import Any
 
 from mergekit.execute.copy_work import CastWork, CopyWork, IdenticalWork
 from mergekit.execute.elementwise_work import ElementwiseWork
-from mergekit.execute.float_work import FloatWork
+from mergekit.execute.float_work import MergeWork
 from mergekit.execute.inputs import Inputs
 from mergekit.execute.span_work import SpanWork
 from mergekit.execute.sparse_work import SparseWork
@@ -45,7 +45,7 @@ def merge_work(apply: Apply, job: Job) -> Work:
     return work_class(apply)(apply, job)
 
 
-def work_class(apply: Apply) -> type[FloatWork]:
+def work_class(apply: Apply) -> type[MergeWork]:
     """The kind of work that a method's form takes."""
     form = get_method(apply.method).form
     if isinstance(form, Span):

@@ -7,37 +7,35 @@ from typing import Any
 
 import numpy as np
 
-from mergekit.execute.float_work import FloatWork
+from mergekit.execute.float_work import MergeWork
 from mergekit.execute.statistics import lengths_and_cosines
 from mergekit.execute.work import Job
-from mergekit.methods import Span, get_method
+from mergekit.methods import Span
 from mergekit.planning.plan import Apply
 
 __all__ = ["SpanWork"]
 
 
-class SpanWork(FloatWork):
+class SpanWork(MergeWork):
     """Coefficients from the Gram matrix (where the method wants one), then one weighted sum."""
 
     def __init__(self, apply: Apply, job: Job) -> None:
-        super().__init__(job)
-        method = get_method(apply.method)
-        assert isinstance(method.form, Span)
-        self._function, self._parameters, self._scale = method.function, dict(apply.parameters), apply.scale
-        self.base = 0 if apply.has_base else -1
-        self._origin = 0 if apply.has_base and method.form.space == "deltas" else -1
+        super().__init__(apply, job)
+        form = self.method.form
+        assert isinstance(form, Span)
+        self._origin = self.base if form.space == "deltas" else -1
         n = len(self.readers)
-        self.phases = 2 if method.form.gram else 1
+        self.phases = 2 if form.gram else 1
         self._grams = np.zeros((len(self.ranges), n, n))
         self._gram: np.ndarray | None = None
         self._coefficients = np.zeros(n, np.float32)
-        if not method.form.gram:
+        if not form.gram:
             self._solve(None)
 
     def _solve(self, gram: np.ndarray | None) -> None:
         if gram is not None and not np.isfinite(gram).all():
             gram = np.zeros_like(gram)  # the sum will show what the inputs hold
-        result = self._scale * np.asarray(self._function(gram, **self._parameters), np.float64)
+        result = self.apply.scale * np.asarray(self.method.function(gram, **self.parameters), np.float64)
         # Coefficients of deltas are for the models after the base.
         self._coefficients[len(self._coefficients) - len(result) :] = result
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit.execute.float_work import FloatWork
+from mergekit.execute.float_work import MergeWork
 from mergekit.execute.work import Job, split
 from mergekit.methods import KeepAll, RandomKeep, SparseMerge, TopMagnitude, get_method
 from mergekit.planning.plan import Apply
@@ -20,10 +20,8 @@ _FINE_BYTES = 4 << 16
 _COARSE_BYTES = 8 << 15
 
 
-class SparseWork(FloatWork):
+class SparseWork(MergeWork):
     """Keep rules, rescaling, consensus. Phases: two histograms (exact k-th magnitudes), norms, the merge itself."""
-
-    base = 0
 
     @classmethod
     def held(cls, apply: Apply, shape: tuple[int, ...], threads: int) -> int:
@@ -40,8 +38,8 @@ class SparseWork(FloatWork):
         return ("span", "sparse")
 
     def __init__(self, apply: Apply, job: Job) -> None:
-        super().__init__(job)
-        merge: SparseMerge = get_method(apply.method).function(**dict(apply.parameters))
+        super().__init__(apply, job)
+        merge: SparseMerge = self.method.function(**self.parameters)
         self._merge = merge
         n, ranges = len(self.readers), len(self.ranges)
         self._rules = np.full(n, self.kernels.KEEP_ALL, np.int64)
