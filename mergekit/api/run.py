@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,20 +53,37 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         if hooks.prepare:
             hooks.prepare(staging.folder)
         hooks.advance(sum(output.nbytes for output in plan.outputs) - sum(output.nbytes for output in remaining))
+        ready = _weighted(plan.with_prepared(staging.folder), staging.folder, kernels, options)
+        left = {output.name for output in remaining}
         run_threads(
-            plan.with_prepared(staging.folder),
+            ready,
             staging,
-            outputs=remaining,
+            outputs=[output for output in ready.outputs if output.name in left],
             kernels=kernels,
             threads=options.threads if plan.device == "cpu" else 1,
             advance=hooks.advance,
         )
         _check_inputs(plan)
         more = hooks.measure(staging.folder) if hooks.measure else []
-        if plan.statistics:
+        if staging.figures:
             more = [(STATS, stats_text(plan, staging.figures)), *more]
         staging.publish([*more, *_documents(plan, folder, options, hooks)])
         return [*lost_to_rounding(plan, staging.figures), *staging.notes]
+
+
+def _weighted(plan: Plan, staging: Path, kernels: Any, options: RunOptions) -> Plan:
+    """The plan with its automatic weights; they are computed once and kept in the staging folder."""
+    from mergekit.execute import default_threads, is_weighted, model_factors, with_weights
+
+    if not is_weighted(plan):
+        return plan
+    path = staging / "factors.json"
+    if not path.is_file():
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(model_factors(plan, kernels, options.threads or default_threads())))
+        partial.replace(path)
+    found = json.loads(path.read_text())
+    return with_weights(plan, {kind: {int(m): f for m, f in by_model.items()} for kind, by_model in found.items()})
 
 
 def memory(plan: Plan, options: RunOptions | None = None) -> int:

@@ -35,6 +35,7 @@ class Tally:
         kernels.statistics(rows, codes, base, values, out, out_code, count, self._products[index], self._counts[index])
         self._seen[index] += count
 
+    @np.errstate(invalid="ignore", over="ignore")  # a tensor that is not finite has figures that aren't
     def record(self, size: int, base: int, exact: Mapping[str, Any], nonfinite: int) -> dict[str, Any]:
         """The figures of a tensor of ``size`` elements as plain data. Lengths are scaled up from the sample.
 
@@ -81,6 +82,7 @@ def lengths_and_cosines(gram: np.ndarray, name: str) -> dict[str, Any]:
     return {name: [_short(x) for x in np.sqrt(np.maximum(np.diag(gram), 0))], "cosines": _cosines(gram)}
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def _cosines(products: np.ndarray) -> list[float]:
     """The cosines of each pair, from the inner products; 0 where one of the two is zero."""
     lengths = np.sqrt(np.maximum(np.diag(products), 0))

@@ -32,18 +32,16 @@ def round_stochastically(
     random = np.empty(GROUP, np.uint32)
     moved = np.empty(GROUP, np.float32)
     finite = True
-    skip = index % GROUP
     done = 0
     while done < count:
-        fill_random(index - skip + done, key0, key1, random)
+        skip = (index + done) % GROUP
+        fill_random(index + done - skip, key0, key1, random)
         size = min(GROUP - skip, count - done)
         for i in range(size):
             moved[i] = _moved(values[done + i], random[skip + i], code)
         # What is left is exact in 16 bits, or not finite.
         finite &= encode(moved, size, out, code, done)
         done += size
-        index -= skip
-        skip = 0
     return finite
 
 
@@ -61,7 +59,7 @@ def _moved(value: np.float32, random: np.uint32, code: int) -> np.float32:
     else:  # below 2^-14 the float16 numbers are multiples of 2^-24
         units = np.float64(as_float(magnitude)) * 16777216.0
         chosen = np.float32(np.floor(units + np.float64(random) / 4294967296.0) / 16777216.0)
-        return -chosen if value < np.float32(0) else chosen
+        return as_float(np.uint32(as_bits(chosen) | np.uint32(bits & np.uint32(0x80000000))))
     chosen_bits = np.uint32(np.uint32(bits + np.uint32(random & low)) & ~low)
     return as_float(chosen_bits)
 

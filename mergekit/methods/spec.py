@@ -209,6 +209,13 @@ class Method:
 DELTA_OPTIONS: tuple[Parameter, ...] = (
     once("lines_alpha", Real(), 1.0, help="factor on the merged delta in the first layer (LiNeS, arXiv 2410.17146)"),
     once("lines_beta", Real(), 0.0, help="what is added to that factor until the last layer"),
+    once(
+        "weighting",
+        Choice(("none", "nan", "metagpt")),
+        "none",
+        help="multiply weights by each model's share: of the inverse lengths of the models' weights (NAN, arXiv "
+        "2505.16148), or of the squared lengths of their task vectors (MetaGPT, arXiv 2406.11385)",
+    ),
 )
 F = TypeVar("F", bound=Callable[..., Any])
 REGISTRY: dict[str, Method] = {}

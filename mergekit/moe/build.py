@@ -16,7 +16,7 @@ from mergekit.errors import RecipeError
 from mergekit.families.align import align
 from mergekit.families.config import set_dtype, set_tied
 from mergekit.families.layout import is_derived_buffer, is_embedding, is_head
-from mergekit.methods import get_method
+from mergekit.methods import get_method, source_digest
 from mergekit.methods.spec import Span
 from mergekit.moe.dense import Dense, check_tensors, is_mlp, read_dense
 from mergekit.moe.layout import Layout
@@ -144,6 +144,8 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         mixture=Mixture(target.title, positions, counts.per_token, config.gate_mode, how_shared),
         device=options.device,
         allow_nonfinite=options.allow_nonfinite,
+        statistics=options.statistics,
+        method_source=source_digest(recipe.shared.method),
         prepared_bytes=routers.nbytes + merged.nbytes,
     )
     return MoePlan(
@@ -173,6 +175,8 @@ def _shared(recipe: MoeRecipe, models: Models, options: PlanOptions, dtype: DTyp
             tensor = None if slot.is_copy else expresser.make(slot)
             if tensor is not None:
                 made[tensor.name] = tensor
+                if isinstance(tensor.expression, Apply) and tensor.expression.weighting != "none":
+                    raise recipe.fault("'weighting' is for merges of whole models; give weights instead", "attention")
     except RecipeError as error:  # it points into the merge recipe, which nobody wrote
         text = str(error).removeprefix(f"{error.place}: ").replace(_THERE, _HERE)
         raise recipe.fault(text, "attention") from None

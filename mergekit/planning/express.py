@@ -92,7 +92,8 @@ class Expresser:
             tuple(present[i].model for i in order),
             method.base != "ignored" and base is not None,
             tuple(sorted(values.items())),
-            options.get("lines_alpha", 1.0) + options.get("lines_beta", 0.0) * slot.t,
+            scale=options.get("lines_alpha", 1.0) + options.get("lines_beta", 0.0) * slot.t,
+            weighting=options.get("weighting", "none"),
         )
         return Made(slot.name, shape, dtype, self._simplify(slot, apply, values, dtype))
 

@@ -163,7 +163,7 @@ class Apply:
 
     ``models`` are the recipe positions of the inputs (they key the random masks). ``has_base``: the first input is
     the base. ``parameters`` are the keyword arguments of the method's function, resolved for this tensor. ``scale`` is
-    a factor on the merged delta.
+    a factor on the merged delta. ``weighting`` names what the weights are to be multiplied by before the run.
     """
 
     method: str
@@ -172,6 +172,7 @@ class Apply:
     has_base: bool
     parameters: tuple[tuple[str, Any], ...]
     scale: float = 1.0
+    weighting: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
