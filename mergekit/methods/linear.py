@@ -15,6 +15,7 @@ from mergekit.methods.spec import Flag, ParameterError, Real, Span, each, method
     models=(1, None),
     paper="Wortsman et al. 2022, Model soups: averaging weights of multiple fine-tuned models",
     url="https://arxiv.org/abs/2203.05482",
+    laws=("equal", "symmetric"),
     params=[
         each("weight", Real(), help="weight of the model (relative if normalized)", base=True),
         once("normalize", Flag(), True, help="divide by the sum of the weights"),

@@ -22,6 +22,7 @@ _MOST_COSINE = 0.9995
     url="https://doi.org/10.1145/325334.325242",
     params=[once("t", Real(), help="0 gives the base model, 1 the other")],
     lone="pass",
+    laws=("equal",),
 )
 def slerp(gram: np.ndarray, *, t: float) -> np.ndarray:
     """Interpolation along the great circle between two models.

@@ -17,6 +17,8 @@ __all__ = [
     "Flag",
     "Form",
     "Integer",
+    "LAWS",
+    "Law",
     "Method",
     "Parameter",
     "ParameterError",
@@ -157,6 +159,16 @@ class Whole:
 Form = Span | Sparse | Elementwise | Whole
 Base = Literal["required", "optional", "ignored"]
 Lone = Literal["pass", "merge", "skip"]
+Law = Literal["equal", "zero", "dense", "symmetric", "deltas"]
+
+LAWS: dict[Law, str] = {
+    "equal": "inputs that are all the same give that tensor back",
+    "zero": "weights of zero leave the base",
+    "dense": "a density of 1 changes nothing before the deltas are combined",
+    "symmetric": "the order of the models does not matter",
+    "deltas": "the change depends on the deltas only; those of a ten-thousandth of the weights keep their direction",
+}
+"""What a method may promise. Each promise is held by the tests, and told in its reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +181,7 @@ class Method:
     a tensor that one input has: ``pass`` it through; ``merge`` it like any other; or ``skip`` it, with a warning, if
     fewer inputs have it than the method takes. Where a base is required, a tensor that only the base has is passed.
     ``check``, called with the parameters while planning, raises ParameterError for values that don't go together.
+    ``laws`` are promises of ``LAWS`` that hold for any parameters (``equal`` for weights that sum to one).
     """
 
     name: str
@@ -183,6 +196,7 @@ class Method:
     params: tuple[Parameter, ...]
     function: Callable[..., Any]
     check: Callable[..., None] | None = None
+    laws: tuple[Law, ...] = ()
 
     def parameter(self, name: str) -> Parameter | None:
         """The declared parameter called ``name``."""
@@ -240,6 +254,7 @@ def method(
     url: str | None = None,
     lone: Lone = "merge",
     check: Callable[..., None] | None = None,
+    laws: tuple[Law, ...] = (),
 ) -> Callable[[F], F]:
     """Register the decorated function as merge method ``name``; the function itself stays as it is.
 
@@ -248,7 +263,8 @@ def method(
     """
 
     def decorate(function: F) -> F:
-        register(Method(name, title or name, form, base, *models, lone, paper, url, tuple(params), function, check))
+        given = (paper, url, tuple(params), function, check, laws)
+        register(Method(name, title or name, form, base, *models, lone, *given))
         return function
 
     return decorate

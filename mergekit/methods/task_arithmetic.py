@@ -16,6 +16,7 @@ from mergekit.methods.spec import Span, method
     models=(1, None),
     paper="Ilharco et al. 2022, Editing models with task arithmetic",
     url="https://arxiv.org/abs/2212.04089",
+    laws=("equal", "zero", "symmetric", "deltas"),
     params=task_parameters(normalize=False, rescale=False, density=False),
 )
 def task_arithmetic(gram: None, *, weight: tuple[float, ...], normalize: bool, lambda_: float) -> np.ndarray:
