@@ -40,7 +40,7 @@ def values(method: Method, name: str) -> st.SearchStrategy[Any]:
         return st.none()
     low, high = RANGES.get(name, (0.1, 1.0))
     low = low if kind.low is None else max(low, kind.low)
-    return st.floats(low, high if kind.high is None else min(high, kind.high), width=32)
+    return st.floats(low, high if kind.high is None else min(high, kind.high))
 
 
 @st.composite

@@ -16,9 +16,10 @@ def statistics(raw: np.ndarray, codes: np.ndarray, base: int, values: np.ndarray
 
     ``raw`` and ``codes`` are the models as in ``span``, ``values`` float32 [count] the result as computed and ``out``
     the same as stored. ``products`` (float64 [models + 2, models + 2], upper triangle) are inner products of the
-    models' deltas, then the result's as computed and as stored; the base's own row is the base itself. With ``base``
-    -1 all rows are the tensors themselves. ``counts`` (int64 [2]): the elements that at least two models change, and
-    those of them where the signs of the changes differ.
+    models' deltas, then the result's as computed and as stored (of these only the first's with the base, with itself
+    and with the second); the base's own row is the base itself. With ``base`` -1 all are the tensors themselves.
+    ``counts`` (int64 [2]): the elements that at least two models change, and those of them where the signs of the
+    changes differ.
     """
     n = len(codes)
     rows = np.empty((n + 2, GRAM_BLOCK), np.float32)
@@ -35,9 +36,13 @@ def statistics(raw: np.ndarray, codes: np.ndarray, base: int, values: np.ndarray
                     for i in range(size):
                         rows[m, i] -= rows[base, i]
             _conflicts(rows, n, base, size, counts)
-        for a in range(n + 2):
-            for b in range(a, n + 2):
+        for a in range(n):
+            for b in range(a, n):
                 products[a, b] += np.float64(dot(rows[a], rows[b], size))
+        if base >= 0:
+            products[base, n] += np.float64(dot(rows[base], rows[n], size))
+        products[n, n] += np.float64(dot(rows[n], rows[n], size))
+        products[n, n + 1] += np.float64(dot(rows[n], rows[n + 1], size))
 
 
 @kernel
