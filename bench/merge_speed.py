@@ -26,10 +26,20 @@ from pathlib import Path
 import yaml
 
 from checkpoints import build, llama_shapes
+from mergekit.methods import Whole, get_method, method_names
 
 HERE = Path(__file__).parent
-METHODS = ("linear", "passthrough", "slerp", "task_arithmetic", "dare_linear", "dare_ties", "ties")
-GOAL = {"linear": 1.5, "passthrough": 1.5, "slerp": 2, "task_arithmetic": 1.5, "dare_ties": 2.5, "ties": 3}
+METHODS = tuple(name for name in method_names() if not isinstance(get_method(name).form, Whole))
+"""Methods that stream; those of whole tensors take hours at this size (bench/spectral.py times one matrix)."""
+GOAL = {
+    "linear": 1.5, "passthrough": 1.5, "slerp": 2, "nuslerp": 2, "multislerp": 2, "karcher": 2.5, "model_stock": 2.5,
+    "task_arithmetic": 1.5, "ties": 3, "dare_ties": 2.5, "breadcrumbs": 3.5, "breadcrumbs_ties": 3.5, "della": 6,
+    "della_linear": 6, "nearswap": 3, "sce": 3, "ram": 3, "ramplus_tl": 3,
+}  # fmt: skip
+
+
+VALUES = {"weight": 0.5, "density": 0.5, "t": 0.4, "select_topk": 0.5}
+"""Parameters of the benchmark, for the methods that have them; the others keep their defaults."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +65,19 @@ def measure(command: list[str]) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * factor)
 
 
-def recipe(method: str, folder: Path) -> tuple[dict[str, object], list[str]]:
-    """A recipe for ``method`` over the benchmark's models, and the names of the models it reads."""
-    base, one, two = (str(folder / name) for name in ("base", "one", "two"))
-    weights = [{"model": m, "parameters": {"weight": 0.5, "density": 0.5}} for m in (one, two)]
-    if method == "passthrough":
-        return {"merge_method": method, "models": [{"model": one}]}, ["one"]
-    if method == "linear":
-        plain = [{"model": m, "parameters": {"weight": 0.5}} for m in (one, two)]
-        return {"merge_method": method, "models": plain}, ["one", "two"]
-    if method == "slerp":
-        return {
-            "merge_method": method,
-            "base_model": base,
-            "models": [{"model": base}, {"model": one}],
-            "parameters": {"t": 0.4},
-        }, ["base", "one"]
-    if method == "task_arithmetic":
-        weights = [{"model": m, "parameters": {"weight": 0.5}} for m in (one, two)]
-    return {"merge_method": method, "base_model": base, "models": [{"model": base}, *weights]}, ["base", "one", "two"]
+def recipe(name: str, folder: Path) -> tuple[dict[str, object], list[str]]:
+    """A recipe for method ``name`` over the benchmark's models, and the names of the models it reads."""
+    method = get_method(name)
+    inputs = ["one", "two"]
+    if method.base == "required" or name == "karcher":
+        inputs = ["base", *inputs]
+    inputs = inputs[: method.most]
+    given = {key: value for key, value in VALUES.items() if method.parameter(key)}
+    models = [{"model": str(folder / model)} for model in inputs]
+    wanted: dict[str, object] = {"merge_method": name, "models": models, "parameters": given}
+    if method.base == "required":
+        wanted["base_model"] = str(folder / "base")
+    return wanted, inputs
 
 
 def main() -> None:

@@ -41,6 +41,11 @@ def pair(one: str, other: str) -> dict[str, Any]:
             "parameters": {"t": 0.5}}  # fmt: skip
 
 
+def few(method: str, **parameters: Any) -> dict[str, Any]:
+    """A recipe over all three experts without a base."""
+    return {"merge_method": method, "models": experts(**parameters)}
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     "linear, equal weights": {"merge_method": "linear", "models": experts(weight=1)},
     "slerp, code and prose": pair("code", "prose"),
@@ -52,6 +57,37 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties, density 0.2": with_base("ties", weight=1, density=0.2),
     "dare_ties, density 0.5, weight 0.5": with_base("dare_ties", weight=0.5, density=0.5),
     "dare_linear, density 0.5, weight 0.5": with_base("dare_linear", weight=0.5, density=0.5),
+    "breadcrumbs, density 0.9, weight 0.5": with_base("breadcrumbs", weight=0.5, density=0.9),
+    "breadcrumbs_ties, density 0.9, weight 0.5": with_base("breadcrumbs_ties", weight=0.5, density=0.9),
+    "della, density 0.6, weight 0.5": with_base("della", weight=0.5, density=0.6),
+    "della_linear, density 0.6, weight 0.5": with_base("della_linear", weight=0.5, density=0.6),
+    "cabs, weight 1": with_base("cabs", weight=1),
+    "multislerp, equal weights": few("multislerp", weight=1),
+    "multislerp with the base, equal weights": with_base("multislerp", weight=1),
+    "nuslerp, code and calc": {**few("nuslerp", weight=1), "models": [experts(weight=1)[i] for i in (0, 2)]},
+    "karcher": few("karcher"),
+    "model_stock": with_base("model_stock"),
+    "model_stock, filter_wise": {**with_base("model_stock"), "parameters": {"filter_wise": True}},
+    "nearswap, base towards calc, t 0.001": {
+        **with_base("nearswap"),
+        "models": experts()[2:],
+        "parameters": {"t": 0.001},
+    },
+    "sce": with_base("sce"),
+    "sce, select_topk 0.2": {**with_base("sce"), "parameters": {"select_topk": 0.2}},
+    "ram": with_base("ram"),
+    "ramplus_tl": with_base("ramplus_tl"),
+    "arcee_fusion, base and calc": {**with_base("arcee_fusion"), "models": experts()[2:]},
+    "tsv_m": with_base("tsv_m"),
+    "iso_c": with_base("iso_c"),
+    "iso_cts": with_base("iso_cts"),
+    "star": with_base("star"),
+    "wudi": with_base("wudi"),
+    "task_arithmetic, weight 0.5, svc": with_base("task_arithmetic", weight=0.5) | {"parameters": {"svc": 1}},
+    "task_arithmetic, weight 0.5, LiNeS 0.5 + 1": with_base("task_arithmetic", weight=0.5)
+    | {"parameters": {"lines_alpha": 0.5, "lines_beta": 1.0}},
+    "task_arithmetic, metagpt": with_base("task_arithmetic", weight=1) | {"parameters": {"weighting": "metagpt"}},
+    "task_arithmetic, nan": with_base("task_arithmetic", weight=1) | {"parameters": {"weighting": "nan"}},
 }
 
 

@@ -183,3 +183,14 @@ def test_an_unknown_rounding_is_refused(tmp_path):
     folders = family(tmp_path, 2)
     with pytest.raises(mergekit.MergekitError, match=r"no rounding 'up'. Valid: nearest, stochastic"):
         merged(tmp_path, "linear", folders, rounding="up")
+
+
+def test_the_summary_takes_all_tensors_as_one(tmp_path):
+    folders = family(tmp_path, 3, F32, SMALL, delta=0.01)
+    summary = merged(tmp_path, "task_arithmetic", folders)[0]["summary"]
+    base, *others = ({n: x.ravel() for n, x in read_model(f).items()} for f in folders)
+    deltas = [np.concatenate([o[n] - base[n] for n in SMALL]) for o in others]
+    assert list(summary["deltas"].values()) == pytest.approx([np.linalg.norm(d) for d in deltas], rel=1e-4)
+    assert list(summary["deltas"]) == [f.name for f in folders[1:]]
+    assert summary["cosines"] == {"m1, m2": pytest.approx(cosine(*deltas), rel=1e-3)}
+    assert summary["change"] == pytest.approx(np.linalg.norm(0.5 * sum(deltas)), rel=1e-4)

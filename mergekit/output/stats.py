@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit.planning.plan import Apply, Plan
@@ -18,48 +19,85 @@ Figures = Mapping[str, Mapping[str, Any]]
 
 
 def stats_text(plan: Plan, figures: Figures) -> str:
-    """The file's text. Tensors come in the order of the plan; copied ones have no figures."""
-    merged = {output.name: figures[output.name] for output in plan.outputs if output.name in figures}
+    """The file's text. Tensors come in the order of the plan; copied ones have no figures.
+
+    ``models`` of a tensor are places in the list of models, in the order of its other lists (a base comes first).
+    """
+    merged = {
+        output.name: {"models": list(output.expression.models), **figures[output.name]}
+        for output in plan.outputs
+        if output.name in figures and isinstance(output.expression, Apply)
+    }
+    models = [source.short for source in plan.sources if not source.prepared and not source.adapter]
     document = {
         "mergekit": plan.version,
         "method": plan.method,
-        "models": [source.short for source in plan.sources if not source.prepared],
+        "models": models,
         "rounding": plan.rounding,
         "copied": len(plan.outputs) - len(merged),
-        "summary": _summary(plan, merged),
-        "inputs": {o.name: list(o.expression.models) for o in plan.outputs
-                   if o.name in merged and isinstance(o.expression, Apply)},
+        "summary": _summary(models, merged),
         "tensors": merged,
-    }  # fmt: skip
+    }
     # One line a tensor: readable, and a fifth of the size of an indented file.
     parts = [f"{json.dumps(key)}: {_block(value)}" for key, value in document.items()]
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _block(value: Any) -> str:
-    if isinstance(value, dict) and value and all(isinstance(v, (dict, list)) for v in value.values()):
+    if isinstance(value, dict):
         return "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
     return json.dumps(value)
 
 
-def _summary(plan: Plan, merged: Figures) -> dict[str, Any]:
+def _summary(models: Sequence[str], merged: Figures) -> dict[str, Any]:
     """The figures of all merged tensors taken as one vector; shares are weighted by elements."""
-    change = [f for f in merged.values() if "change" in f]
-    found: dict[str, Any] = {"tensors": len(merged), "elements": sum(f["elements"] for f in merged.values())}
-    if merged:
-        found["result"] = _length(f["result"] for f in merged.values())
-        found["nonfinite"] = sum(f["nonfinite"] for f in merged.values())
+    all_figures = list(merged.values())
+    found: dict[str, Any] = {
+        "tensors": len(merged),
+        "elements": sum(f["elements"] for f in all_figures),
+        "result": _length(f["result"] for f in all_figures),
+        "nonfinite": sum(f["nonfinite"] for f in all_figures),
+    }
+    change = [f for f in all_figures if "change" in f]
     if change:
-        elements = sum(f["elements"] for f in change)
-        squares = sum(f["change"] ** 2 for f in change)
+        elements, squares = sum(f["elements"] for f in change), sum(f["change"] ** 2 for f in change)
         found["change"] = _length(f["change"] for f in change)
-        found["sign_conflict"] = sum(f["sign_conflict"] * f["elements"] for f in change) / max(elements, 1)
-        found["survival"] = sum(f["survival"] * f["change"] ** 2 for f in change) / squares if squares else 1.0
+        found["sign_conflict"] = _share(sum(f["sign_conflict"] * f["elements"] for f in change), elements, 0.0)
+        found["survival"] = _share(sum(f["survival"] * f["change"] ** 2 for f in change), squares, 1.0)
+        found["deltas"], found["cosines"] = _between(models, change)
     return found
 
 
-def _length(lengths: Any) -> float:
-    return math.sqrt(sum(length**2 for length in lengths))
+def _between(models: Sequence[str], change: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Each model's distance from the base, and the cosine between each two models' deltas, over all tensors."""
+    squares: dict[int, float] = {}
+    products: dict[tuple[int, int], float] = {}
+    for figures in change:
+        others, lengths = figures["models"][1:], figures["deltas"]
+        for model, length in zip(others, lengths, strict=True):
+            squares[model] = squares.get(model, 0.0) + length**2
+        pairs = itertools.combinations(range(len(others)), 2)
+        for (a, b), cosine in zip(pairs, figures["cosines"], strict=True):
+            pair = min(others[a], others[b]), max(others[a], others[b])
+            products[pair] = products.get(pair, 0.0) + cosine * lengths[a] * lengths[b]
+    deltas = {models[model]: _short(math.sqrt(squares[model])) for model in sorted(squares)}
+    cosines = {
+        f"{models[a]}, {models[b]}": _share(products[a, b], math.sqrt(squares[a] * squares[b]), 0.0)
+        for a, b in sorted(products)
+    }
+    return deltas, cosines
+
+
+def _share(part: float, whole: float, otherwise: float) -> float:
+    return _short(part / whole) if whole else otherwise
+
+
+def _length(lengths: Iterable[float]) -> float:
+    return _short(math.sqrt(sum(length**2 for length in lengths)))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def lost_to_rounding(plan: Plan, figures: Figures) -> Sequence[str]:
