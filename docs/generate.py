@@ -87,7 +87,7 @@ def methods_table() -> str:
     lines = ["| `merge_method` | models | base model | in short |", "|---|---|---|---|"]
     for m in map(get_method, method_names()):
         base = {"required": "needed", "optional": "if you like", "ignored": "an input like any other"}[m.base]
-        count = reference.models_text(m).removesuffix(" models").removesuffix(" model")
+        count = reference.models_text(m).removesuffix(" model").removesuffix(" models").removesuffix(" of")
         lines.append(f"| [`{m.name}`](docs/methods/{m.name}.md) | {count} | {base} | {_plain(m.summary)} |")
     return "\n".join(lines)
 
