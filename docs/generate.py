@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from mergekit.methods import Method, get_method, method_names, reference
+from mergekit.methods import Method, describe, get_method, method_names
 from mergekit.methods.spec import DELTA_OPTIONS, Parameter
 from mergekit.options import OPTIONS
 
@@ -26,10 +26,9 @@ def methods_index() -> str:
         "[quality.md](../quality.md), how fast they are in [speed.md](../speed.md); to write your own, see "
         "[extending.md](../extending.md).\n"
     ]
-    parts += ["| method | takes | computed as |", "|---|---|---|"]
+    parts += ["| method | | |", "|---|---|---|"]
     for m in map(get_method, method_names()):
-        takes = f"{reference.models_text(m)}; {reference.base_text(m)}"
-        parts.append(f"| [`{m.name}`]({m.name}.md): {_plain(m.summary)} | {takes} | {reference.form_text(m)} |")
+        parts.append(f"| [`{m.name}`]({m.name}.md) | {_plain(m.summary)} {describe.inputs(m)} | {describe.form(m)} |")
     parts += ["\n## Options of every method that merges task vectors\n"]
     parts += ["They stand among `parameters`, like the method's own.\n", *_parameters(DELTA_OPTIONS)]
     return "\n".join(parts) + "\n"
@@ -37,17 +36,16 @@ def methods_index() -> str:
 
 def method_page(method: Method) -> str:
     """docs/methods/NAME.md: a method's docstring, parameters and promises."""
-    text = reference.description(method).replace("``", "`")
-    parts = [_HEAD, f"# {method.title} (`{method.name}`)\n", f"{text}\n"]
-    takes = f"Takes {reference.models_text(method)}; {reference.base_text(method)}."
-    parts.append(f"{takes} Computed as {reference.form_text(method)}.\n")
-    parts += [*_parameters(method.params), ""] if method.params else ["No parameters.\n"]
+    parts = [_HEAD, f"# {method.title} (`{method.name}`)\n", f"{_plain(describe.explanation(method))}\n"]
+    parts.append(f"{describe.inputs(method)} {describe.form(method)}\n")
+    params = tuple(describe.parameters(method))
+    parts += [*_parameters(params), ""] if params else ["No parameters.\n"]
     if method.options:
         names = ", ".join(f"`{p.name}`" for p in method.options)
         parts.append(f"Also [for every method of task vectors](README.md): {names}.\n")
     if method.laws:
         parts.append("It promises, and the tests hold it to this:\n")
-        parts += [*(f"* {law}" for law in reference.law_texts(method)), ""]
+        parts += [*(f"* {promise}" for promise in describe.promises(method)), ""]
     parts += [f"{method.paper}. <{method.url}>"] if method.paper and method.url else []
     return "\n".join(parts).rstrip() + "\n"
 
@@ -55,9 +53,7 @@ def method_page(method: Method) -> str:
 def _parameters(params: tuple[Parameter, ...]) -> list[str]:
     lines = ["| parameter | values | for | default | |", "|---|---|---|---|---|"]
     for p in params:
-        lines.append(
-            f"| `{p.name}` | {p.kind} | {reference.scope_text(p)} | {reference.default_text(p)} | {_plain(p.help)} |"
-        )
+        lines.append(f"| `{p.name}` | {p.kind} | {describe.owners(p)} | {describe.default(p)} | {_plain(p.help)} |")
     return lines
 
 
@@ -84,11 +80,9 @@ def options_page() -> str:
 
 def methods_table() -> str:
     """The README's table."""
-    lines = ["| `merge_method` | models | base model | in short |", "|---|---|---|---|"]
+    lines = ["| `merge_method` | in short |", "|---|---|"]
     for m in map(get_method, method_names()):
-        base = {"required": "needed", "optional": "if you like", "ignored": "an input like any other"}[m.base]
-        count = reference.models_text(m).removesuffix(" model").removesuffix(" models").removesuffix(" of")
-        lines.append(f"| [`{m.name}`](docs/methods/{m.name}.md) | {count} | {base} | {_plain(m.summary)} |")
+        lines.append(f"| [`{m.name}`](docs/methods/{m.name}.md) | {_plain(m.summary)} {describe.inputs(m)} |")
     return "\n".join(lines)
 
 

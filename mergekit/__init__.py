@@ -17,15 +17,29 @@ if TYPE_CHECKING:
     from mergekit.api import plan as plan
     from mergekit.api import run_merge as run_merge
     from mergekit.api import run_moe as run_moe
+    from mergekit.api.in_memory import merge_state_dicts as merge_state_dicts
+    from mergekit.api.in_memory import merge_tensors as merge_tensors
     from mergekit.errors import MergekitError as MergekitError
     from mergekit.recipe import MergeConfiguration as MergeConfiguration
 
-__all__ = ["MergeConfiguration", "MergekitError", "RunOptions", "__version__", "plan", "run_merge", "run_moe"]
+__all__ = [
+    "MergeConfiguration",
+    "MergekitError",
+    "RunOptions",
+    "__version__",
+    "merge_state_dicts",
+    "merge_tensors",
+    "plan",
+    "run_merge",
+    "run_moe",
+]
 
 _HOMES = {
     "MergeConfiguration": "mergekit.recipe",
     "MergekitError": "mergekit.errors",
     "RunOptions": "mergekit.api",
+    "merge_state_dicts": "mergekit.api.in_memory",
+    "merge_tensors": "mergekit.api.in_memory",
     "plan": "mergekit.api",
     "run_merge": "mergekit.api",
     "run_moe": "mergekit.api",

@@ -15,6 +15,7 @@ from mergekit.execute.merge_work import merge_work
 from mergekit.execute.work import Job
 from mergekit.kernels import cpu
 from mergekit.kernels.accelerator import TorchKernels
+from mergekit.methods import get_method
 from mergekit.planning.plan import Apply, OutputTensor
 from models import decode, encode
 
@@ -119,14 +120,19 @@ def merge_sparse(
     out: DType = F32,
     block: int | None = None,
     seed: int = 5,
+    shape: tuple[int, ...] | None = None,
     **parameters: Any,
 ) -> np.ndarray:
-    """The result of a sparse method on arrays (the first is the base), by the engine's own work, as float64."""
+    """The result of a sparse method on arrays (the first is the base), by the engine's own work, as float64 [size].
+
+    ``shape`` is the tensor's, if not that of a vector.
+    """
     size, count = models[0].size, len(models) - 1
-    values = {"weight": (1.0,) * count, "density": (1.0,) * count, "normalize": False, "rescale": False, "lambda_": 1.0}
-    values.update(parameters)
+    ones = (1.0,) * count
+    values: dict[str, Any] = {"weight": ones, "density": ones, "normalize": False, "rescale": "none", "lambda_": 1.0}
+    values = {p.argument: values[p.argument] for p in get_method(method).params if p.argument in values} | parameters
     apply = Apply(method, (), tuple(range(count + 1)), True, tuple(values.items()))
-    output = OutputTensor("t", (size,), out, "model.safetensors", 0, size * out.size, apply)
+    output = OutputTensor("t", (size,) if shape is None else shape, out, "model.safetensors", 0, size * out.size, apply)
     readers = [ArrayReader(m, d) for m, d in zip(models, dtypes or [F32] * (count + 1), strict=True)]
     sink = ArraySink(output.nbytes)
     work = merge_work(apply, Job(output, tuple(readers), kernels, sink, block, seed=seed))

@@ -68,17 +68,19 @@ def check_close(got: np.ndarray, wanted: np.ndarray, dtype: DType, *, exact: boo
 
 
 def sparse_arguments(count: int, size: int, first: int, index: int) -> tuple[np.ndarray, ...]:
-    """Rules, thresholds, quotas, chances and keys: every rule, the first at model ``first``."""
-    rules = np.array([(m + first) % 4 for m in range(count)], np.int64)
+    """Rules, thresholds, quotas, chances, keys and gains: every rule, the first at model ``first``."""
+    rules = np.array([(m + first) % 6 for m in range(count)], np.int64)
     deltas = models_of("exact", count, size)
-    thresholds = [np.sort(np.abs(d - deltas[0]))[size // 2].view(np.uint32) for d in deltas]
+    ordered = [np.sort(np.abs(d - deltas[0])) for d in deltas]
+    thresholds = [[o[int(size * share)].view(np.uint32) for o in ordered] for share in (0.5, 0.9)]
     random = np.random.default_rng([count, size, index])
     return (
         rules,
         np.array(thresholds, np.uint32),
-        random.integers(0, size, count),
+        random.integers(0, size, (2, count)) // np.array([[1], [8]]),
         random.integers(0, 1 << 32, count, np.uint32),
         random.integers(0, 1 << 32, (count, 2), np.uint32),
+        random.choice(np.array([0, 1, 1.75], np.float32), (count, size)),
     )
 
 
@@ -119,7 +121,7 @@ def test_inputs_stay_unchanged(twin, dtype):
     twin.weighted_delta_sum(raw, codes, WEIGHTS[:3], 0, 1021, out, 3)
     twin.gram(raw, codes, 0, 1021, np.zeros((3, 3)))
     arguments = sparse_arguments(3, 1021, 0, 0)
-    twin.sparse_sum(raw, codes, 0, *arguments, WEIGHTS[:3], WEIGHTS[:3], True, True, np.float32(1), 0, 1021, out, 3)
+    twin.sparse_sum(raw, codes, 0, *arguments, WEIGHTS[:3], WEIGHTS[:3], 1, True, np.float32(1), 0, 1021, out, 3)
     assert np.array_equal(raw, before)
 
 
@@ -153,37 +155,38 @@ def test_histograms_are_the_same(twin, kind):
 
 @pytest.mark.parametrize("kind", ["plain", "exact", "same"])
 def test_kept_norms_and_quotas_agree(twin, kind):
-    for size, index, first in product(SIZES, (0, 5 * 1024, 2**34 - 1024), range(4)):
+    for size, index, first in product(SIZES, (0, 5 * 1024, 2**34 - 1024), range(6)):
         raw, codes = buffers(4, size, kind, (F32, BF16))
-        rules, thresholds, quota, chances, keys = sparse_arguments(4, size, first, index)
-        norms, quotas = [np.zeros((4, 2)) for _ in range(2)], [quota.copy() for _ in range(2)]
+        rules, thresholds, quota, *others = sparse_arguments(4, size, first, index)
+        norms, quotas = [np.zeros((4, 3)) for _ in range(2)], [quota.copy() for _ in range(2)]
         wanted = np.array([False, True, True, True])
         for kernels, norm, left in zip((cpu, twin), norms, quotas, strict=True):
-            kernels.kept_norms(raw, codes, 0, wanted, rules, thresholds, left, chances, keys, index, size, norm)
+            kernels.kept_norms(raw, codes, 0, wanted, rules, thresholds, left, *others, 4096, index, size, norm)
         assert np.array_equal(quotas[0], quotas[1])
         np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6)
+        assert np.array_equal(norms[1][:, 2], norms[0][:, 2])
 
 
-@pytest.mark.parametrize("consensus", [False, True])
+@pytest.mark.parametrize("elect", [cpu.ELECT_NONE, cpu.ELECT_WEIGHTED, cpu.ELECT_UNWEIGHTED])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "exact"])
-def test_sparse_sums_are_the_same(twin, kind, consensus, normalize):
-    cases = ((0, BF16, 0), (1, F32, 7 * 1024), (2, F16, 2**34), (3, F64, 1024))
+def test_sparse_sums_are_the_same(twin, kind, elect, normalize):
+    cases = ((0, BF16, 0), (1, F32, 7 * 1024), (2, F16, 2**34), (3, F64, 1024), (4, F32, 0))
     for size, count, (first, out, index) in product(SIZES, (2, 4), cases):
         raw, codes = buffers(count, size, kind, (F32, BF16, F16, F64))
         scales = np.array([1.0, 1.5, 0.9, 2.0], np.float32)[:count]
-        rest = (WEIGHTS[:count], scales, consensus, normalize, np.float32(0.7), index)
+        rest = (WEIGHTS[:count], scales, elect, normalize, np.float32(0.7), index)
         both(twin, "sparse_sum", size, out, raw, codes, 0, *sparse_arguments(count, size, first, index), *rest)
 
 
-@pytest.mark.parametrize("consensus", [False, True])
-def test_faulty_inputs_come_out_the_same(twin, consensus):
+@pytest.mark.parametrize("elect", [cpu.ELECT_NONE, cpu.ELECT_WEIGHTED])
+def test_faulty_inputs_come_out_the_same(twin, elect):
     for place, fault, out in product(range(3), (np.nan, np.inf, -np.inf), (BF16, F32)):
         models = models_of("exact", 3, 1031)
         models[place][::7] = fault
         raw, codes = pack(models, [F32] * 3)
-        arguments = sparse_arguments(3, 1031, 3, 0)
-        rest = (WEIGHTS[:3], np.ones(3, np.float32), consensus, True, np.float32(1), 0)
+        arguments = sparse_arguments(3, 1031, 5, 0)
+        rest = (WEIGHTS[:3], np.ones(3, np.float32), elect, True, np.float32(1), 0)
         both(twin, "sparse_sum", 1031, out, raw, codes, 0, *arguments, *rest)
 
 
@@ -192,25 +195,26 @@ def test_faulty_inputs_show_in_sums(twin):
         models = models_of("exact", 3, 4099)
         models[1][5], models[1][2053] = fault, -fault
         raw, codes = pack(models, [F32] * 3)
-        totals, norms, arguments = np.zeros((3, 3)), np.zeros((3, 2)), sparse_arguments(3, 4099, 3, 0)
+        totals, norms, arguments = np.zeros((3, 3)), np.zeros((3, 3)), sparse_arguments(3, 4099, 5, 0)
         twin.gram(raw, codes, 0, 4099, totals)
         assert np.isfinite(totals).tolist() == [[True] * 3, [True, False, False], [True] * 3]
-        twin.kept_norms(raw, codes, 0, np.array([False, True, True]), *arguments, 0, 4099, norms)
-        assert np.isfinite(norms).tolist() == [[True] * 2, [False] * 2, [True] * 2]
+        twin.kept_norms(raw, codes, 0, np.array([False, True, True]), *arguments, 4096, 0, 4099, norms)
+        assert np.isfinite(norms).tolist() == [[True] * 3, [False, False, True], [True] * 3]
 
 
 def test_ties_take_their_turn(twin):
     base, model = models_of("equal", 2, 1021)
     raw, codes = pack([base, model], [F32, F32])
-    thresholds = np.array([0, (model - base)[0].view(np.uint32)], np.uint32)
+    thresholds = np.array([[0, (model - base)[0].view(np.uint32)]] * 2, np.uint32)
     rules, zeros, ones = np.full(2, cpu.KEEP_TOP, np.int64), np.zeros(2, np.uint32), np.ones(2, np.float32)
     for quota in (0, 1, 500, 1020, 1021, 4000):
-        left, out = np.array([0, quota], np.int64), np.empty(1021 * 4, np.uint8)
-        twin.sparse_sum(raw, codes, 0, rules, thresholds, left, zeros, np.zeros((2, 2), np.uint32), ones, ones, False,
-                        False, np.float32(1), 0, 1021, out, cpu.CODES[F32])  # fmt: skip
+        left, out = np.array([[0, quota], [0, 0]], np.int64), np.empty(1021 * 4, np.uint8)
+        twin.sparse_sum(raw, codes, 0, rules, thresholds, left, zeros, np.zeros((2, 2), np.uint32),
+                        np.zeros((2, 0), np.float32), ones, ones, cpu.ELECT_NONE, False, np.float32(1), 0, 1021, out,
+                        cpu.CODES[F32])  # fmt: skip
         kept = unpack(out, F32, 1021) == model
         assert kept.tolist() == [place < quota for place in range(1021)]
-        assert left[1] == max(0, quota - 1021)
+        assert left[0, 1] == max(0, quota - 1021)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

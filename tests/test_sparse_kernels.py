@@ -12,6 +12,7 @@ from mergekit.execute import work
 from mergekit.seeds import stream_key
 
 ONES = np.ones(3, np.float32)
+NO_GAINS = np.zeros((4, 0), np.float32)
 
 
 @pytest.fixture(params=BACK_ENDS)
@@ -106,11 +107,11 @@ def test_random_keeps_what_lies_below_its_chance(kernels):
     raw, codes = pack([base, model], [F32, F32])
     chance = oracles.philox((3, 0, 0, 0), (8, 9))[0]  # the number of element 3: not below itself
     for step in (0, 1):
-        totals, quota = np.zeros((2, 2)), np.zeros(2, np.int64)
+        totals, quota = np.zeros((2, 3)), np.zeros((2, 2), np.int64)
         rules, chances = np.full(2, kernels.KEEP_RANDOM, np.int64), np.full(2, chance + step, np.uint32)
-        kernels.kept_norms(raw, codes, 0, np.array([False, True]), rules, np.zeros(2, np.uint32), quota, chances,
-                           np.full((2, 2), (8, 9), np.uint32), 0, 1021, totals)  # fmt: skip
-        assert totals[1, 1] == oracles.random_mask((1021,), (chance + step) / 2**32, (8, 9)).sum()
+        kernels.kept_norms(raw, codes, 0, np.array([False, True]), rules, np.zeros((2, 2), np.uint32), quota, chances,
+                           np.full((2, 2), (8, 9), np.uint32), NO_GAINS[:2], 4096, 0, 1021, totals)  # fmt: skip
+        assert totals[1, 1] == totals[1, 2] == oracles.random_mask((1021,), (chance + step) / 2**32, (8, 9)).sum()
 
 
 @pytest.mark.usefixtures("many_ranges")
@@ -130,20 +131,21 @@ def test_kept_norms_are_l1_norms(kernels, dtype, size):
     wanted = np.array([False, True, True, False])
     threshold = np.sort(np.abs(deltas[1]))[size // 3].view(np.uint32)
     keys = np.array([(0, 0), (1, 2), (3, 4), (5, 6)], np.uint32)
-    totals = np.ones((4, 2))
+    totals = np.ones((4, 3))
     kernels.kept_norms(
-        raw, codes, 0, wanted, rules, np.array([0, threshold, 0, 0], np.uint32), np.full(4, size, np.int64),
-        np.full(4, 1 << 31, np.uint32), keys, 0, size, totals,
+        raw, codes, 0, wanted, rules, np.array([[0, threshold, 0, 0]] * 2, np.uint32), np.full((2, 4), size, np.int64),
+        np.full(4, 1 << 31, np.uint32), keys, NO_GAINS, 4096, 0, size, totals,
     )  # fmt: skip
     exact = [np.abs(d).astype(np.float64) for d in deltas]
     masks = [exact[1] >= np.float64(threshold.view(np.float32)), oracles.random_mask((size,), 0.5, (3, 4))]
     assert (totals[[0, 3]] == 1).all()
     for m, mask in zip((1, 2), masks, strict=True):
-        np.testing.assert_allclose(totals[m] - 1, [exact[m].sum(), exact[m][mask].sum()], rtol=1e-6, atol=1e-12)
+        wanted_totals = [exact[m].sum(), exact[m][mask].sum(), mask.sum()]
+        np.testing.assert_allclose(totals[m] - 1, wanted_totals, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("rescale", ["none", "l1"])
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
 @pytest.mark.usefixtures("many_ranges")
 def test_family_matches_its_formula(kernels, method, normalize, rescale):
@@ -157,9 +159,10 @@ def test_family_matches_its_formula(kernels, method, normalize, rescale):
     options = {"normalize": normalize, "rescale": rescale}
     merged = merge_sparse(kernels, method, models, weight=tuple(weight), density=tuple(density), lambda_=0.5, **options)
     wanted = oracles.sparse(
-        models[0].astype(np.float64), deltas, masks, weight, consensus=consensus, factor=0.5, **options
-    )
-    if rescale and consensus:
+        models[0].astype(np.float64), deltas, masks, weight, consensus=consensus, factor=0.5, normalize=normalize,
+        rescale=rescale == "l1",
+    )  # fmt: skip
+    if rescale == "l1" and consensus:
         # A sum that rounding alone decides may elect either sign.
         scales = [np.abs(d).sum() / np.abs(d[k]).sum() for d, k in zip(deltas, masks, strict=True)]
         total = sum(w * s * d * k for w, s, d, k in zip(weight, scales, deltas, masks, strict=True))
@@ -180,11 +183,12 @@ def test_result_is_rounded_once(kernels, out):
     models = models_of("exact", 3, 2053)
     raw, codes = pack(models, [F32, F32, F32])
     target = np.full(2054 * out.size, 0xCD, np.uint8)
-    zeros = np.zeros(3, np.int64)
-    arguments = (zeros, zeros.astype(np.uint32), zeros, zeros.astype(np.uint32), np.zeros((3, 2), np.uint32))
+    limits, chances = np.zeros((2, 3), np.uint32), np.zeros(3, np.uint32)
+    arguments = (np.zeros(3, np.int64), limits, np.zeros((2, 3), np.int64), chances, np.zeros((3, 2), np.uint32),
+                 NO_GAINS[:3])  # fmt: skip
     weights = np.array([0, 0.5, 0.25], np.float32)
-    finite = kernels.sparse_sum(raw, codes, 0, *arguments, weights, ONES, False, False, np.float32(1), 0, 2053,
-                                target, kernels.CODES[out])  # fmt: skip
+    finite = kernels.sparse_sum(raw, codes, 0, *arguments, weights, ONES, kernels.ELECT_NONE, False, np.float32(1), 0,
+                                2053, target, kernels.CODES[out])  # fmt: skip
     exact = models[0] + 0.5 * (models[1] - models[0]) + 0.25 * (models[2] - models[0])
     assert finite
     assert (target[-out.size :] == 0xCD).all()

@@ -7,7 +7,7 @@ files (output), or anything printed (cli).
 from mergekit.api.merge import plan, run_merge
 from mergekit.api.moe import MoeOptions, plan_moe, run_moe, run_moe_plan
 from mergekit.api.options import RunOptions
-from mergekit.api.run import Hooks, check_writable, memory, run_plan
+from mergekit.api.run import Hooks, check_writable, memory, run_plan, slow_part
 
 __all__ = [
     "Hooks",
@@ -21,4 +21,5 @@ __all__ = [
     "run_moe",
     "run_moe_plan",
     "run_plan",
+    "slow_part",
 ]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mergekit.planning import Plan, PlanOptions
     from mergekit.recipe import MergeConfiguration
 
-__all__ = ["log_compile", "plan", "plan_options", "run_merge"]
+__all__ = ["load_methods", "log_compile", "plan", "plan_options", "run_merge"]
 
 _LOG = logging.getLogger("mergekit")
 
@@ -41,10 +41,19 @@ def plan(
     from mergekit.recipe import load_recipe
 
     options = options or RunOptions()
+    load_methods(options)
     checked = load_recipe(recipe)
     if fetch and has_remote_models(checked):
         plan(recipe, options)  # refuse what headers tell before anything large is downloaded
     return build_plan(checked, plan_options(options, fetch))
+
+
+def load_methods(options: RunOptions) -> None:
+    """Run the files of methods that the options name: a recipe may use what they define."""
+    from mergekit.methods import load_method_file
+
+    for path in options.method_files:
+        load_method_file(path)
 
 
 def plan_options(options: RunOptions, fetch: bool) -> PlanOptions:

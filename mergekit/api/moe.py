@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit.api.merge import log_compile, plan_options
+from mergekit.api.merge import load_methods, log_compile, plan_options
 from mergekit.api.options import RunOptions
 from mergekit.api.prepare import read_routers, write_merged, write_routers
 from mergekit.api.run import Document, Hooks, check_writable, run_plan
@@ -71,6 +71,7 @@ def plan_moe(
     from mergekit.planning.locate import is_folder
 
     options, choices = options or RunOptions(), choices or MoeOptions()
+    load_methods(options)
     checked = load_moe_recipe(recipe, allow_all_same=choices.allow_all_same)
     try:
         target = find_target(checked.config.architecture or choices.architecture)

@@ -15,7 +15,7 @@ from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
 if TYPE_CHECKING:
     from mergekit.planning import Plan
 
-__all__ = ["Document", "Hooks", "check_writable", "memory", "run_plan"]
+__all__ = ["Document", "Hooks", "check_writable", "memory", "run_plan", "slow_part"]
 
 
 Document = tuple[str, str | Path]
@@ -92,6 +92,17 @@ def memory(plan: Plan, options: RunOptions | None = None) -> int:
 
     libraries = 150_000_000 if plan.device == "cpu" and not any(s.pickled for s in plan.sources) else 450_000_000
     return libraries + buffer_bytes(plan, (options or RunOptions()).threads or default_threads())
+
+
+def slow_part(plan: Plan) -> str | None:
+    """A sentence about the time that functions of whole tensors take, if it is more than a minute."""
+    from mergekit.execute import estimated_seconds
+
+    seconds = estimated_seconds(plan)
+    if seconds < 60:
+        return None
+    time = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+    return f"'{plan.method}' decomposes whole matrices: about {time} on two processors"
 
 
 def _kernels(plan: Plan, on_compile: Callable[[list[str]], None] | None) -> Any:

@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
 
 import click
 
-from mergekit.cli.boundary import say
+from mergekit.cli.boundary import plain, say
 
 if TYPE_CHECKING:
+    from mergekit.methods import Method
     from mergekit.methods.spec import Parameter
+
+_WIDTH = 100
 
 
 @click.command("methods", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option(
+    "--method-file",
+    "method_files",
+    multiple=True,
+    type=Path,
+    metavar="NAME",
+    help="Python file that defines merge methods; it is run.",
+)
+def methods(name: str | None, method_files: tuple[Path, ...]) -> None:
     """List the merge methods, or explain the method NAME."""
-    from mergekit.methods import get_method, method_names
+    from mergekit.methods import get_method, load_method_file, method_names
 
+    for path in method_files:
+        load_method_file(path)
     if name is None:
-        width = max(map(len, method_names()))
-        for each in map(get_method, method_names()):
-            click.echo(f"{each.name:{width}}  {_text(each.summary)}")
+        found = [get_method(known) for known in method_names()]
+        width = max(len(method.name) for method in found)
+        for method in found:
+            click.echo(plain(f"{method.name:{width}}  {method.summary.replace('``', chr(39))}"))
         say("mergekit methods NAME explains one of them")
         return
-    method = get_method(name)
-    count = "any number of models" if method.most is None else f"up to {method.most} models"
-    if method.most == method.least:
-        count = f"exactly {method.least} model{'s' if method.least > 1 else ''}"
-    base = "one of them the base" if method.base == "required" else "the base, if there is one, is like the others"
-    reference = f"\n{method.paper}\n{method.url}" if method.paper else ""
-    click.echo(f"{method.name}: {method.title}{reference}\n")
-    click.echo(_text(inspect.cleandoc(method.function.__doc__ or "").split("\n>>>")[0].rstrip()))
-    click.echo(f"\nTakes {count}; {base}.\n\nParameters:")
-    for parameter in method.params:
-        click.echo(f"  {parameter.name}: {_text(parameter.help)}{_kind(parameter) if parameter.used else ''}")
+    click.echo("\n".join(plain(line) for line in reference(get_method(name))))
 
 
-def _text(text: str) -> str:
-    """Docstring markup as plain text."""
-    return text.replace("``", "'")
+def reference(method: Method) -> list[str]:
+    """Everything that is declared about a method, as lines of text."""
+    from mergekit.methods.describe import explanation, form, inputs, parameters, promises
+
+    lines = [f"{method.name}: {method.title}"]
+    lines += [text for text in (method.paper, method.url) if text]
+    lines += ["", *explanation(method).splitlines(), "", inputs(method), form(method)]
+    lines += _section("Promises", [f"  {text}" for text in promises(method)])
+    used = [p for p in parameters(method) if p.used]
+    lines += _section("Parameters", _described(used))
+    lines += _section("Options of all methods that work on task vectors", _described(method.options))
+    unused = [f"  {p.name}  {p.help}" for p in parameters(method) if not p.used]
+    return lines + _section("Accepted for the sake of old recipes, without effect", unused)
 
 
-def _kind(parameter: Parameter) -> str:
-    from mergekit.methods.spec import REQUIRED
-
-    scope = {"once": "one value", "each": "one for each model but the base", "input": "one for each model"}
-    default = "required" if parameter.default is REQUIRED else f"default {_default(parameter.default)}"
-    return f" ({parameter.kind}; {scope[parameter.scope]}; {default})"
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"{title}:", *lines] if lines else []
 
 
-def _default(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    return f"{value:g}"
+def _described(parameters: Sequence[Parameter]) -> list[str]:
+    """Two lines or more for each parameter: its values, who has one, its default; and what it does."""
+    from mergekit.methods.describe import default, owners
+
+    lines = []
+    for p in parameters:
+        value = default(p)
+        lines.append(f"  {p.name}  {p.kind}; {owners(p)}; {'' if value == 'required' else 'default '}{value}")
+        text = p.help.replace("``", "'")
+        lines += wrap(text, _WIDTH, initial_indent="      ", subsequent_indent="      ")
+    return lines

@@ -43,9 +43,13 @@ def plan(config_file: str, as_json: bool, merge_options: Any) -> None:
 
 
 def report(plan: Plan, *, notes: Iterable[str]) -> None:
-    """Print a plan's warnings, and ``notes``, on stderr."""
+    """Print a plan's warnings, how long it takes if that is long, and ``notes``, on stderr."""
+    from mergekit import api
+
     for text in plan.warnings:
         say(f"warning: {text}")
+    if slow := api.slow_part(plan):
+        say(f"note: {slow}")
     for text in notes:
         say(f"note: {text}")
 

@@ -12,6 +12,7 @@ from mergekit.errors import NonFiniteError
 from mergekit.execute.statistics import Tally
 from mergekit.execute.work import Job, Work
 from mergekit.methods import get_method
+from mergekit.methods.guard import guarded
 from mergekit.planning.plan import Apply
 from mergekit.seeds import stream_key
 
@@ -115,7 +116,9 @@ class MergeWork(FloatWork):
 
     def __init__(self, apply: Apply, job: Job, align: int | None = None) -> None:
         super().__init__(job, align)
-        self.apply, self.method = apply, get_method(apply.method)
+        method = get_method(apply.method)
+        count = len(self.readers) - (apply.has_base and method.form.space == "deltas")
+        self.apply, self.method = apply, guarded(method, self.output.name, count)
         self.parameters = dict(apply.parameters)
         self.base = 0 if apply.has_base else -1
 

@@ -48,12 +48,16 @@ def merge_work(apply: Apply, job: Job) -> Work:
 def work_class(apply: Apply) -> type[MergeWork]:
     """The kind of work that a method's form takes."""
     form = get_method(apply.method).form
+    if apply.svc is not None:
+        from mergekit.execute.whole_work import CalibratedWork
+
+        return CalibratedWork
     if isinstance(form, Span):
         return SpanWork
     if isinstance(form, Sparse):
         return SparseWork
     if isinstance(form, Elementwise):
         return ElementwiseWork
-    from mergekit.execute.whole_work import WholeWork  # needs torch
+    from mergekit.execute.whole_work import WholeWork
 
     return WholeWork

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mergekit.execute.buffers import Buffers
@@ -18,7 +18,7 @@ from mergekit.execute.merge_work import make_work
 from mergekit.execute.work import Sink, Work
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["default_threads", "run_threads"]
+__all__ = ["default_threads", "run_threads", "run_works"]
 
 Advance = Callable[[int], None]
 
@@ -48,13 +48,14 @@ def run_threads(
     if kernels is None:
         from mergekit.kernels import cpu as kernels
     with Inputs(plan) as inputs:
-        tensors = iter(plan.outputs if outputs is None else outputs)
+        tensors = plan.outputs if outputs is None else outputs
+        works = (make_work(output, plan, inputs, kernels, sink, block) for output in tensors)
+        run_works(works, threads=threads, advance=advance)
 
-        def opened() -> Work | None:
-            output = next(tensors, None)
-            return None if output is None else make_work(output, plan, inputs, kernels, sink, block)
 
-        _Pool(opened, advance).run(threads or default_threads())
+def run_works(works: Iterator[Work], *, threads: int | None = None, advance: Advance = lambda nbytes: None) -> None:
+    """Do all ``works``, each opened when there is nothing else to do; the first fault stops all and is raised."""
+    _Pool(lambda: next(works, None), advance).run(threads or default_threads())
 
 
 class _Pool:

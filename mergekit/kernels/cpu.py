@@ -2,12 +2,20 @@
 
 from mergekit.kernels.checksum import checksum
 from mergekit.kernels.codec import CODES, all_finite
+from mergekit.kernels.elementwise import CHUNK, arrays, count_upper, load_chunk, on_host
+from mergekit.kernels.groups import group_gains
+from mergekit.kernels.ranks import rank_gains
 from mergekit.kernels.rounding import count_nonfinite, round_stochastically, store
 from mergekit.kernels.span import gram, weighted_delta_sum, weighted_sum
 from mergekit.kernels.sparse import (
     COARSE_BINS,
+    ELECT_NONE,
+    ELECT_UNWEIGHTED,
+    ELECT_WEIGHTED,
     FINE_BINS,
     KEEP_ALL,
+    KEEP_BAND,
+    KEEP_GIVEN,
     KEEP_NONE,
     KEEP_RANDOM,
     KEEP_TOP,
@@ -19,20 +27,32 @@ from mergekit.kernels.sparse import (
 from mergekit.kernels.statistics import statistics
 
 __all__ = [
+    "CHUNK",
     "COARSE_BINS",
     "CODES",
+    "ELECT_NONE",
+    "ELECT_UNWEIGHTED",
+    "ELECT_WEIGHTED",
     "FINE_BINS",
     "KEEP_ALL",
+    "KEEP_BAND",
+    "KEEP_GIVEN",
     "KEEP_NONE",
     "KEEP_RANDOM",
     "KEEP_TOP",
     "all_finite",
+    "arrays",
     "checksum",
     "coarse_histogram",
     "count_nonfinite",
+    "count_upper",
     "fine_histogram",
     "gram",
+    "group_gains",
     "kept_norms",
+    "load_chunk",
+    "on_host",
+    "rank_gains",
     "round_stochastically",
     "sparse_sum",
     "statistics",

@@ -12,7 +12,7 @@ from mergekit.kernels import cpu, four_bit, lora
 
 __all__ = ["FORMS", "cold_forms", "warm_up"]
 
-FORMS = ("span", "sparse", "adapters")
+FORMS = ("span", "sparse", "elementwise", "adapters")
 """The families of kernels that are compiled together."""
 
 
@@ -43,6 +43,9 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
             cpu.weighted_sum(rows, codes, ones, count, out, 0)
             cpu.weighted_delta_sum(rows, codes, ones, 0, count, out, 0)
             cpu.gram(rows, codes, -1, count, np.zeros((2, 2)))
+        elif form == "elementwise":
+            cpu.load_chunk(rows, codes, 0, 0, count, np.empty((2, cpu.CHUNK), np.float32))
+            cpu.count_upper(values, np.zeros((4, cpu.COARSE_BINS), np.int64))
         elif form == "adapters":
             values, scales = np.zeros(128, np.float32), np.ones(2, np.float32)
             lora.add_product(values, 0, 64, np.zeros((2, 1), np.float32), np.zeros((1, 64), np.float32), ones[0])
@@ -53,13 +56,19 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
             four_bit.requantize(values, 64, table, bounds, scales, 0)
             four_bit.unpack(rows[0], 0, 64, table, scales, 0, values)
         else:
-            flags, whole = np.ones(2, np.bool_), np.zeros(2, np.int64)
-            words, keys = np.zeros(2, np.uint32), np.zeros((2, 2), np.uint32)
+            flags, bins = np.ones(2, np.bool_), np.zeros(2, np.int64)
+            rules, quota, limits = np.zeros(2, np.int64), np.zeros((2, 2), np.int64), np.zeros((2, 2), np.uint32)
+            chances, keys = np.zeros(2, np.uint32), np.zeros((2, 2), np.uint32)
+            gains, row = np.zeros((2, count), np.float32), count // 2
             cpu.coarse_histogram(rows, codes, 0, flags, count, np.zeros((2, cpu.COARSE_BINS), np.int64))
-            cpu.fine_histogram(rows, codes, 0, flags, whole, count, np.zeros((2, cpu.FINE_BINS), np.uint32))
-            cpu.kept_norms(rows, codes, 0, flags, whole, words, whole, words, keys, 0, count, np.zeros((2, 2)))
-            cpu.sparse_sum(rows, codes, 0, whole, words, whole, words, keys, ones, ones, True, True, np.float32(1), 0,
-                           count, out, 0)  # fmt: skip
+            cpu.fine_histogram(rows, codes, 0, flags, bins, count, np.zeros((2, cpu.FINE_BINS), np.uint32))
+            cpu.rank_gains(rows, codes, 0, flags, bins, bins + 1, keys, row, False, 0, count,
+                           np.zeros((2, row), np.uint64), gains)  # fmt: skip
+            cpu.group_gains(rows, codes, 0, flags, bins, 256, count, gains)
+            cpu.kept_norms(rows, codes, 0, flags, rules, limits, quota, chances, keys, gains, count, 0, count,
+                           np.zeros((2, 3)))  # fmt: skip
+            cpu.sparse_sum(rows, codes, 0, rules, limits, quota, chances, keys, gains, ones, ones, cpu.ELECT_WEIGHTED,
+                           True, np.float32(1), 0, count, out, 0)  # fmt: skip
         try:
             _marker(form).touch()
         except OSError:

@@ -6,9 +6,22 @@ this package use the same decorator (docs/extending.md).
 """
 
 # The order of import is the order of help and documentation.
-from mergekit.methods import linear, slerp, task_arithmetic, ties, dare_ties, dare_linear, passthrough  # noqa: F401, I001
+from mergekit.methods import (  # noqa: F401, I001
+    linear, slerp, task_arithmetic, ties, dare_ties, dare_linear, breadcrumbs, breadcrumbs_ties, della, della_linear,
+    cabs, nearswap, sce, ram, ramplus_tl, arcee_fusion, tsv_m, iso_c, iso_cts, star, wudi,
+    passthrough,
+)  # fmt: skip
 from mergekit.methods.registry import get_method, load_method_file, method_names, source_digest
-from mergekit.methods.rules import KeepAll, RandomKeep, SparseMerge, TopMagnitude
+from mergekit.methods.rules import (
+    GroupTop,
+    KeepAll,
+    KeepRule,
+    MagnitudeBand,
+    RandomKeep,
+    RankKeep,
+    SparseMerge,
+    TopMagnitude,
+)
 from mergekit.methods.spec import (
     Choice,
     Elementwise,
@@ -30,11 +43,15 @@ __all__ = [
     "Choice",
     "Elementwise",
     "Flag",
+    "GroupTop",
     "Integer",
     "KeepAll",
+    "KeepRule",
+    "MagnitudeBand",
     "Method",
     "ParameterError",
     "RandomKeep",
+    "RankKeep",
     "Real",
     "Span",
     "Sparse",

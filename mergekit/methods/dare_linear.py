@@ -17,15 +17,15 @@ from mergekit.methods.spec import Sparse, method
     params=task_parameters(normalize=False, rescale=True),
 )
 def dare_linear(
-    *, weight: tuple[float, ...], density: tuple[float, ...], normalize: bool, rescale: bool, lambda_: float
+    *, weight: tuple[float, ...], density: tuple[float, ...], normalize: bool, rescale: str, lambda_: float
 ) -> SparseMerge:
     """Task vectors with entries dropped at random, rescaled, and added.
 
     Each entry is kept with probability ``density``; the masks depend on the recipe's seed, the tensor's name and the
     model's position only. ``rescale`` restores the L1 norm of the task vector, as recipes for arcee mergekit
-    expect; the paper divides by the density, which is the same on average.
+    expect; the paper divides by the density (``rescale: density``), which is the same on average.
 
-    >>> dare_linear(weight=(1.0,), density=(0.5,), normalize=False, rescale=True, lambda_=1.0).keep
+    >>> dare_linear(weight=(1.0,), density=(0.5,), normalize=False, rescale="l1", lambda_=1.0).keep
     (RandomKeep(density=0.5),)
     """
     return SparseMerge(

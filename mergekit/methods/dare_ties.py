@@ -14,16 +14,22 @@ from mergekit.methods.spec import Sparse, method
     models=(1, None),
     paper="Yu et al. 2023, Language models are super Mario: absorbing abilities from homologous models",
     url="https://arxiv.org/abs/2311.03099",
-    params=task_parameters(normalize=False, rescale=True),
+    params=task_parameters(normalize=False, rescale=True, consensus=True),
 )
 def dare_ties(
-    *, weight: tuple[float, ...], density: tuple[float, ...], normalize: bool, rescale: bool, lambda_: float
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    normalize: bool,
+    rescale: str,
+    lambda_: float,
+    elect: str = "weighted",
 ) -> SparseMerge:
     """Task vectors with entries dropped at random, rescaled, and merged where their signs agree.
 
     The random masks and the rescaling of ``dare_linear``, then the sign consensus of ``ties``.
 
-    >>> dare_ties(weight=(1.0,), density=(0.5,), normalize=False, rescale=True, lambda_=1.0).consensus
+    >>> dare_ties(weight=(1.0,), density=(0.5,), normalize=False, rescale="l1", lambda_=1.0).consensus
     True
     """
     return SparseMerge(
@@ -33,4 +39,5 @@ def dare_ties(
         normalize=normalize,
         rescale=rescale,
         factor=lambda_,
+        elect=elect,
     )

@@ -230,6 +230,13 @@ DELTA_OPTIONS: tuple[Parameter, ...] = (
         help="multiply weights by each model's share: of the inverse lengths of the models' weights (NAN, arXiv "
         "2505.16148), or of the squared lengths of their task vectors (MetaGPT, arXiv 2406.11385)",
     ),
+    once(
+        "svc",
+        Real(1e-6),
+        None,
+        help="calibrate the singular values of merged matrices (SVC, arXiv 2602.05536) with this alpha: 1 only shrinks "
+        "directions that models share, less lets others grow; needs torch",
+    ),
 )
 F = TypeVar("F", bound=Callable[..., Any])
 REGISTRY: dict[str, Method] = {}
@@ -263,8 +270,23 @@ def method(
     """
 
     def decorate(function: F) -> F:
-        given = (paper, url, tuple(params), function, check, laws)
-        register(Method(name, title or name, form, base, *models, lone, *given))
+        register(
+            Method(
+                name=name,
+                title=title or name,
+                form=form,
+                base=base,
+                least=models[0],
+                most=models[1],
+                lone=lone,
+                paper=paper,
+                url=url,
+                params=tuple(params),
+                function=function,
+                check=check,
+                laws=laws,
+            )
+        )
         return function
 
     return decorate

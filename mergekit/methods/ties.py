@@ -14,18 +14,25 @@ from mergekit.methods.spec import Sparse, method
     models=(1, None),
     paper="Yadav et al. 2023, TIES-merging: resolving interference when merging models",
     url="https://arxiv.org/abs/2306.01708",
-    params=task_parameters(normalize=True, rescale=False),
+    params=task_parameters(normalize=True, rescale=False, consensus=True),
 )
 def ties(
-    *, weight: tuple[float, ...], density: tuple[float, ...], normalize: bool, rescale: bool, lambda_: float
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    normalize: bool,
+    rescale: str,
+    lambda_: float,
+    elect: str = "weighted",
 ) -> SparseMerge:
     """Task vectors trimmed to their largest entries and merged where their signs agree.
 
     Trim: keep the ``density`` share of largest magnitude of each task vector, exactly. Elect: at each place the sign
     of the weighted sum. Merge: the weighted mean of the entries of that sign (their sum without ``normalize``).
-    The sign is elected from weighted entries, as recipes for arcee mergekit expect; the paper has no weights.
+    The sign is elected from weighted entries, as recipes for arcee mergekit expect; the paper has no weights
+    (``elect: unweighted``).
 
-    >>> ties(weight=(1.0,), density=(0.2,), normalize=True, rescale=False, lambda_=1.0).consensus
+    >>> ties(weight=(1.0,), density=(0.2,), normalize=True, rescale="none", lambda_=1.0).consensus
     True
     """
     return SparseMerge(
@@ -35,4 +42,5 @@ def ties(
         normalize=normalize,
         rescale=rescale,
         factor=lambda_,
+        elect=elect,
     )

@@ -64,8 +64,8 @@ def _add(group: Group, output: OutputTensor) -> None:
     group.bytes_written += output.nbytes
     group.bytes_read += sum(read.info.nbytes for read in leaves(output.expression))
     if isinstance(output.expression, Apply):
-        for name, value in output.expression.parameters:
-            group.parameters.setdefault(name.rstrip("_"), []).append(value)
+        for name, value in output.expression.settings.items():
+            group.parameters.setdefault(name, []).append(value)
 
 
 def _action(expression: Expression) -> tuple[str, tuple[int, ...]]:
@@ -125,6 +125,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "files": [{"from": plan.sources[source].reference, "name": name} for source, name in plan.files],
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),
+        "rounding": plan.rounding,
         "left_out": [
             {"model": plan.sources[source].reference, "tensor": name, "reason": reason}
             for source, name, reason in plan.left_out
@@ -142,7 +143,7 @@ def describe(plan: Plan) -> dict[str, Any]:
                     {"model": plan.sources[read.source].reference, "tensor": read.info.name, "file": read.info.file}
                     for read in leaves(output.expression)
                 ],
-                "parameters": dict(output.expression.parameters) if isinstance(output.expression, Apply) else {},
+                "parameters": output.expression.settings if isinstance(output.expression, Apply) else {},
             }
             for output in plan.outputs
         ],

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from mergekit.checkpoint import TensorInfo
 from mergekit.dtypes import DType, promote, recipe_dtype
 from mergekit.errors import IncompatibleError
 from mergekit.families.config import vocab_size
 from mergekit.families.layout import is_embedding, is_head
-from mergekit.methods import ParameterError, Span, Sparse
+from mergekit.methods import ParameterError
+from mergekit.methods.guard import guarded, rehearse
+from mergekit.methods.spectral import matrix_shape
 from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Models
 from mergekit.planning.plan import Apply, Expression, Identical, Leaf, Read, Split
@@ -94,6 +94,7 @@ class Expresser:
             tuple(sorted(values.items())),
             scale=options.get("lines_alpha", 1.0) + options.get("lines_beta", 0.0) * slot.t,
             weighting=options.get("weighting", "none"),
+            svc=options.get("svc") if matrix_shape(shape) else None,
         )
         return Made(slot.name, shape, dtype, self._simplify(slot, apply, values, dtype))
 
@@ -218,19 +219,14 @@ class Expresser:
 
     def _simplify(self, slot: Slot, apply: Apply, parameters: dict[str, Any], dtype: DType) -> Expression:
         """Call the method where it needs no data: faults show now, and a plain copy is planned as one."""
-        method, form = self.recipe.method, self.recipe.method.form
+        method = self.recipe.method
+        count = len(apply.inputs) - (apply.has_base and method.form.space == "deltas")
         try:
-            if isinstance(form, Sparse):
-                method.function(**parameters)
-            elif isinstance(form, Span) and not form.gram:
-                chosen = np.asarray(method.function(None, **parameters))
-                at = np.flatnonzero(chosen)
-                if form.space == "weights" and len(at) == 1 and chosen[at[0]] == 1.0:
-                    return cast(apply.inputs[int(at[0])], dtype)
-            elif method.check:
-                method.check(**parameters)
+            only = rehearse(guarded(method, slot.name, count), parameters)
         except ParameterError as error:
             raise self.recipe.fault(f"{error} (tensor {slot.name})", *slot.path) from None
+        if only is not None:
+            return cast(apply.inputs[only], dtype)
         if len(apply.inputs) == 1 and apply.has_base:
             return cast(apply.inputs[0], dtype)
         return apply

@@ -163,7 +163,8 @@ class Apply:
 
     ``models`` are the recipe positions of the inputs (they key the random masks). ``has_base``: the first input is
     the base. ``parameters`` are the keyword arguments of the method's function, resolved for this tensor. ``scale`` is
-    a factor on the merged delta. ``weighting`` names what the weights are to be multiplied by before the run.
+    a factor on the merged delta. ``weighting`` names what the weights are to be multiplied by before the run. ``svc``
+    is the alpha with which the merged delta is calibrated before it is scaled (``methods.svc``); None: it isn't.
     """
 
     method: str
@@ -173,6 +174,14 @@ class Apply:
     parameters: tuple[tuple[str, Any], ...]
     scale: float = 1.0
     weighting: str = "none"
+    svc: float | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The parameters by the names of recipes, and what options change, for people to read."""
+        found = {name.rstrip("_"): value for name, value in self.parameters}
+        options = {"factor": (self.scale, 1.0), "weighting": (self.weighting, "none"), "svc": (self.svc, None)}
+        return {**found, **{name: value for name, (value, default) in options.items() if value != default}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,197 @@
+"""The rules that explain differences. Each has an id and a sentence, and says exactly where it applies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from recipes import Case
+
+Mask = np.ndarray
+
+RULES: dict[str, str] = {
+    "P1": "arithmetic is float32 here whatever the types of the inputs; 0.1.5 computes in `dtype` or the stored type "
+    "(with arithmetic in float32 it agrees)",
+    "T1": "of entries of equal magnitude at the edge of what `ties` and `breadcrumbs` keep, those of lower index are "
+    "kept; 0.1.5 keeps whichever an unstable sort puts first",
+    "T2": "entries of equal magnitude share one probability in `della` (that of their mean rank); 0.1.5 ranks them in the "
+    "order of an unstable sort (with shared probabilities it agrees)",
+    "T3": "of places of equal variance at the edge of `select_topk`, those of lower index are kept by `sce`; in 0.1.5 that "
+    "is left to torch, and the models' shares follow",
+    "M4": "`sce` weighs models by their squared deltas however small; 0.1.5 gives all the same weight where the mean squares "
+    "sum to less than 1e-6, as for most fine-tunes",
+    "M9": "sign consensus with `normalize` and negative weights divides by the sum of the agreeing weights' magnitudes; "
+    "0.1.5 by their plain sum, which may be near zero or negative",
+    "M1": "the types of all tensors are those that config.json names; 0.1.5 writes float32 from `arcee_fusion` and "
+    "`ramplus_tl` without `out_dtype`",
+    "M10": "weights that sum to zero are refused where they would have to be divided by; 0.1.5 writes infinities or NaN",
+    "R1": "unknown keys and parameters are refused; 0.1.5 ignores them",
+    "R2": "`bf16` and `fp16` are accepted as names of types; 0.1.5 fails on them",
+    "R3": "embeddings of different sizes are cut to the smallest, with a warning; 0.1.5 refuses them",
+    "A1": "`arcee_fusion` computes the divergence of rows in float64; in float32, as in 0.1.5, that of close models is "
+    "rounding noise, and other entries pass the threshold",
+}
+
+REFUSALS = (
+    ("R1", "ours", r"there is no '|has no parameter '"),
+    ("R2", "theirs", r'Unimplemented dtype "bf16"'),
+    ("R3", "theirs", r"Align vocabulary axes"),
+    ("M10", "ours", r"weights sum to zero"),
+)
+"""Rule, whose message, and what it says."""
+
+
+@dataclass
+class Tensor:
+    """What is merged into one tensor: the method's parameters, and the inputs in float32, the base first."""
+
+    case: Case
+    name: str
+    parameters: dict[str, Any]
+    has_base: bool
+    inputs: list[np.ndarray]
+
+    @property
+    def deltas(self) -> list[np.ndarray]:
+        """Differences from the base, in float32 as both tools see them."""
+        return [x - self.inputs[0] for x in self.inputs[1:]]
+
+    def largest_term(self) -> float:
+        """The largest |c x| that a result is summed up from."""
+        size = max(float(np.abs(x).max(initial=0)) for x in self.inputs)
+        weights = np.abs(np.array(self.parameters.get("weight", (1.0,)), np.float64))
+        factor = float(weights.sum()) * max(1.0, abs(self.parameters.get("lambda_", 1.0)))
+        total = abs(sum(self.parameters.get("weight", (1.0,))))
+        if self.parameters.get("normalize") or self.parameters.get("normalize_weights"):
+            factor /= max(total, 1e-3)
+        return size * max(1.0, factor)
+
+    def rounding(self, result: np.ndarray) -> np.ndarray:
+        """How far rounding may move a result: little in float32, a step where the result has 16 bits."""
+        half = "16" in f"{self.case.recipe.get('out_dtype')}{self.case.recipe.get('dtype')}{self.case.recipe['models'] if 'models' in self.case.recipe else ''}"
+        return 1e-5 * self.largest_term() + np.abs(result) * (2.0**-7 if half else 0.0)
+
+
+def refusal(c: Case, ours: str | None, theirs: str | None) -> str | None:
+    """The rule by which one tool refuses a recipe."""
+    for rule, whose, pattern in REFUSALS:
+        if re.search(pattern, (ours if whose == "ours" else theirs) or ""):
+            return rule
+    return None
+
+
+def config(c: Case, key: str, ours: Any, theirs: Any) -> str | None:
+    """The rule by which a field of config.json differs."""
+    return None
+
+
+def element_type(c: Case, ours: torch.dtype, theirs: torch.dtype) -> str | None:
+    """The rule by which the type of a tensor differs."""
+    if c.method in ("arcee_fusion", "ramplus_tl") and theirs == torch.float32 and "out_dtype" not in c.recipe:
+        return "M1"
+    return None
+
+
+def numbers(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, Mask]]:
+    """Rules, each with the elements that it explains."""
+    for rule in NUMBERS:
+        where = rule(tensor, ours, theirs)
+        if where is not None:
+            yield rule.__name__.lstrip("_").upper(), np.broadcast_to(where, ours.shape)
+
+
+def _t1(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
+    """Entries of a magnitude at an edge of what is kept."""
+    if tensor.case.method not in ("ties", "breadcrumbs", "breadcrumbs_ties"):
+        return None
+    found = np.zeros(ours.shape, bool)
+    gammas = tensor.parameters.get("gamma", (0.0,) * len(tensor.deltas))
+    for delta, density, gamma in zip(tensor.deltas, tensor.parameters["density"], gammas, strict=True):
+        if not 0 < density < 1:
+            continue
+        size = np.abs(delta)
+        order = np.sort(size, axis=None)[::-1]
+        kept = int(density * delta.size)
+        kept = max(1, kept) if tensor.case.method == "ties" else kept
+        top = 0 if tensor.case.method == "ties" else min(int(gamma * delta.size), delta.size - kept)
+        for edge in (top, top + kept):  # the entries before and behind an edge have the same magnitude
+            if 0 < edge < delta.size and order[edge - 1] == order[edge]:
+                found |= size == order[edge]
+    return found
+
+
+def _t3(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
+    """Places of equal variance at the edge of what ``select_topk`` keeps; the models' shares follow, a little."""
+    share = tensor.parameters.get("select_topk", 1.0)
+    if tensor.case.method != "sce" or not 0 < share < 1:
+        return None
+    variance = np.var(np.array(tensor.deltas, np.float64), axis=0)
+    order = np.sort(variance, axis=None)[::-1]
+    kept = int(np.count_nonzero(variance) * share)
+    if not 0 < kept < order.size or order[kept] < order[kept - 1] * (1 - 1e-5):
+        return None
+    tied = np.abs(variance - order[kept]) <= 2e-5 * order[kept]
+    return tied | (np.abs(ours - theirs) <= 0.2 * np.abs(theirs - tensor.inputs[0]).max())
+
+
+def _m4(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
+    """The whole tensor, if the squares of all deltas sum to little and equal shares give what the other tool wrote."""
+    if tensor.case.method != "sce" or len(tensor.deltas) < 2:
+        return None
+    deltas = np.array(tensor.deltas, np.float64)
+    share = tensor.parameters.get("select_topk", 1.0)
+    if share < 1:
+        variance = np.var(deltas, axis=0)
+        kept = int(np.count_nonzero(variance) * share)
+        edge = np.sort(variance, axis=None)[::-1][kept - 1] if kept else np.inf
+        deltas = deltas * (variance >= edge)
+    if np.square(deltas).reshape(len(deltas), -1).mean(1).sum() >= 1.0001e-6:
+        return None
+    agree = np.sign(deltas) == np.where(deltas.sum(0) >= 0, 1, -1)
+    told = tensor.inputs[0] + (deltas * agree).sum(0) / np.maximum(agree.sum(0), 1)
+    return np.abs(told - theirs) <= tensor.rounding(theirs)
+
+
+def _m9(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
+    """Elements where both divide the same sum: here by the agreeing weights' magnitudes, there by their plain sum."""
+    weights = np.array(tensor.parameters.get("weight", ()), np.float64)
+    if "elect" not in tensor.parameters or not tensor.parameters["normalize"] or not (weights < 0).any():
+        return None
+    here, there = ours - tensor.inputs[0], theirs - tensor.inputs[0]
+    changed = np.array(tensor.deltas) != 0
+    found = np.zeros(ours.shape, bool)
+    for subset in range(1, 2 ** len(weights)):
+        chosen = np.array([bool(subset >> i & 1) for i in range(len(weights))])
+        if not (weights[chosen] < 0).any():
+            continue
+        magnitudes, plain = np.abs(weights[chosen]).sum(), weights[chosen].sum() or 1.0
+        slack = tensor.rounding(theirs) * abs(plain) + tensor.rounding(ours) * magnitudes
+        same = np.abs(here * magnitudes - there * plain) <= slack
+        found |= same & changed[chosen].all(0)
+    return found
+
+
+def _a1(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
+    """The whole tensor, if a divergence in float32 gives what the other tool wrote and one in float64 what we wrote."""
+    if tensor.case.method != "arcee_fusion":
+        return None
+    single, double = (_fusion(tensor.inputs, dtype) for dtype in (torch.float32, torch.float64))
+    slack = tensor.rounding(theirs)
+    return np.array((np.abs(single - theirs) <= slack).all() and (np.abs(double - ours) <= slack).all())
+
+
+def _fusion(inputs: list[np.ndarray], dtype: torch.dtype) -> np.ndarray:
+    base, model = (torch.from_numpy(x).to(dtype) for x in inputs)
+    p, q = (torch.softmax(x, -1) + 1e-8 for x in (model, base))
+    importance = (model - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    order = importance.reshape(-1).sort().values
+    low, middle, high = (order[int(share * (len(order) - 1))] for share in (0.25, 0.5, 0.75))
+    return torch.where(importance >= middle + 1.5 * (high - low), model, base).double().numpy()
+
+
+NUMBERS = (_t1, _t3, _m4, _m9, _a1)

@@ -1,0 +1,75 @@
+"""What functions of chunks stand on: chunks of the inputs as float32 arrays, counts of their keys, results as stored.
+
+The chunk functions are written for numpy and torch alike; ``arrays`` says which of the two a back end computes with.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+
+from mergekit.kernels.codec import as_bits, decode
+from mergekit.kernels.jit import kernel
+
+CHUNK = 1 << 15
+"""Elements of a chunk: its arrays stay in the cache, and calls cost little beside the work."""
+TABLES = 4
+"""Tables that take turns, so that equal neighbours don't wait for each other's increment."""
+
+
+def arrays() -> ModuleType:
+    """The module whose arrays ``load_chunk`` returns."""
+    return np
+
+
+def load_chunk(
+    raw: np.ndarray, codes: np.ndarray, base: int, start: int, count: int, scratch: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Elements ``start .. start+count`` of each model as float32 arrays; minus the base's, for all models but it.
+
+    ``raw`` and ``codes`` are as in ``span``, ``base`` -1 subtracts nothing. ``scratch`` is float32 [models, CHUNK],
+    where the arrays may live until the next call.
+    """
+    _decode_chunk(raw, codes, base, start, count, scratch)
+    return tuple(scratch[m, :count] for m in range(len(codes)))
+
+
+def count_upper(keys: np.ndarray, totals: np.ndarray) -> None:
+    """Count float32 ``keys`` by their upper 15 bits but the sign, into ``totals`` (int64 [4, 32768], to be added up)."""
+    _count_upper(keys, totals)
+
+
+def on_host(values: np.ndarray) -> np.ndarray:
+    """An array of the back end, in the machine's memory."""
+    return values
+
+
+@kernel
+def _decode_chunk(raw: np.ndarray, codes: np.ndarray, base: int, start: int, count: int, out: np.ndarray) -> None:
+    for m in range(len(codes)):
+        decode(raw[m], codes[m], start, count, out[m])
+    if base >= 0:
+        origin = out[base]
+        for m in range(len(codes)):
+            if m != base:
+                delta = out[m]
+                for i in range(count):
+                    delta[i] -= origin[i]
+
+
+@kernel
+def _count_upper(keys: np.ndarray, totals: np.ndarray) -> None:
+    count = len(keys)
+    bins = np.empty(count, np.uint16)
+    for i in range(count):
+        bins[i] = np.uint16(np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
+    t0, t1, t2, t3 = totals[0], totals[1], totals[2], totals[3]
+    whole = count // TABLES * TABLES
+    for i in range(0, whole, TABLES):
+        t0[np.uint64(bins[i])] += 1
+        t1[np.uint64(bins[i + 1])] += 1
+        t2[np.uint64(bins[i + 2])] += 1
+        t3[np.uint64(bins[i + 3])] += 1
+    for i in range(whole, count):
+        t0[np.uint64(bins[i])] += 1

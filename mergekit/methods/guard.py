@@ -1,0 +1,125 @@
+"""Hold the functions of methods that are not built in to their forms: a fault becomes one line that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mergekit.errors import MergekitError, UsageError
+from mergekit.methods.rules import SparseMerge
+from mergekit.methods.spec import Elementwise, Method, ParameterError, Span, Sparse
+
+__all__ = ["guarded", "is_built_in", "rehearse"]
+
+
+def is_built_in(method: Method) -> bool:
+    """Whether the method is one of ours."""
+    return method.function.__module__.startswith("mergekit.methods.")
+
+
+def guarded(method: Method, tensor: str, count: int) -> Method:
+    """``method``, its functions held to what its form says they return, for ``tensor`` and ``count`` inputs.
+
+    ``count`` is the number of tensors that the function is about: without the base in the space of deltas. The
+    functions then raise UsageError for what they raise or return otherwise. Those of built-in methods stay as they are.
+    """
+    if is_built_in(method):
+        return method
+    place = f"method '{method.name}' on tensor {tensor}"
+    form = method.form
+
+    def hold(function: Callable[..., Any], what: str, expected: Callable[..., str | None]) -> Callable[..., Any]:
+        def call(*args: Any, **parameters: Any) -> Any:
+            try:
+                result = function(*args, **parameters)
+            except (ParameterError, MergekitError, MemoryError):
+                raise
+            except Exception as error:
+                text = " ".join(str(error).split())
+                raise UsageError(f"{place}: {what} failed: {type(error).__name__}: {text}") from error
+            if (wanted := expected(result, args)) is not None:
+                raise UsageError(f"{place}: {what} must return {wanted}, not {_told(result)}")
+            return result
+
+        return call
+
+    if isinstance(form, Span):
+        return replace(method, function=hold(method.function, "its function", lambda r, a: _span(r, a, count)))
+    if isinstance(form, Sparse):
+        return replace(method, function=hold(method.function, "its function", lambda r, a: _sparse(r, count)))
+    if isinstance(form, Elementwise):
+        form = replace(
+            form,
+            measure=form.measure and hold(form.measure, "its 'measure'", _sums),
+            key=form.key and hold(form.key, "its 'key'", _chunk),
+            keep=form.keep and hold(form.keep, "its 'keep'", _number),
+        )
+        return replace(method, function=hold(method.function, "its function", _chunk), form=form)
+    return replace(method, function=hold(method.function, "its function", _whole))
+
+
+def rehearse(method: Method, parameters: Mapping[str, Any]) -> int | None:
+    """Call what of a method needs no data, so that its faults show before anything is read.
+
+    Returns the position of the input that is the result as it is, whatever the data; None if there is no such input.
+    Raises ParameterError for values that the method can't use.
+    """
+    form = method.form
+    if method.check:
+        method.check(**parameters)
+    if isinstance(form, Sparse):
+        method.function(**parameters)
+    elif isinstance(form, Span) and not form.gram:
+        chosen = np.asarray(method.function(None, **parameters))
+        at = np.flatnonzero(chosen)
+        if form.space == "weights" and len(at) == 1 and chosen[at[0]] == 1.0:
+            return int(at[0])
+    return None
+
+
+def _span(result: Any, args: tuple[Any, ...], count: int) -> str | None:
+    gram = args[0]
+    shape = (count,) if gram is None else np.shape(gram)[:-1]
+    try:
+        found = np.asarray(result, np.float64).shape
+    except (TypeError, ValueError):
+        found = None
+    return None if found == shape else f"coefficients of shape {list(shape)}"
+
+
+def _sparse(result: Any, count: int) -> str | None:
+    fits = isinstance(result, SparseMerge) and len(result.keep) == len(result.weight) == count
+    return None if fits else f"a SparseMerge of {count} rules and weights"
+
+
+def _chunk(result: Any, args: tuple[Any, ...]) -> str | None:
+    shape = tuple(args[1][0].shape)
+    return None if tuple(getattr(result, "shape", ())) == shape else f"an array of shape {list(shape)}"
+
+
+def _whole(result: Any, args: tuple[Any, ...]) -> str | None:
+    like = args[0][0]
+    fits = isinstance(result, type(like)) and result.shape == like.shape and result.is_floating_point()
+    return None if fits else f"a tensor of numbers of shape {list(like.shape)}"
+
+
+def _sums(result: Any, args: tuple[Any, ...]) -> str | None:
+    return None if len(getattr(result, "shape", ())) == 1 else "an array of sums"
+
+
+def _number(result: Any, args: tuple[Any, ...]) -> str | None:
+    return None if result is None or isinstance(result, (int, np.integer)) else "a number of elements, or None"
+
+
+def _told(value: Any) -> str:
+    """What a function returned, in a few words."""
+    if isinstance(value, SparseMerge):
+        return f"one of {len(value.keep)} rules and {len(value.weight)} weights"
+    kind = type(value).__name__
+    shape = getattr(value, "shape", None)
+    if shape is None and isinstance(value, (list, tuple)):
+        shape = (len(value),)
+    return kind if shape is None else f"{kind} of shape {list(shape)}"
