@@ -11,7 +11,7 @@ import numpy as np
 import rules
 import torch
 from recipes import Case
-from rules import Tensor
+from rules import TOLERANCE, Tensor
 from tensors import load_stored
 
 import mergekit
@@ -19,9 +19,6 @@ from mergekit.api.options import RunOptions
 from mergekit.kernels.philox import GROUP, fill_random
 from mergekit.planning.plan import Apply, Read
 from mergekit.seeds import stream_key
-
-TOLERANCE = 1e-5
-"""How far two float32 results may be apart, as a share of the largest term that either adds up."""
 
 ULP = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """What one step of a type is at most, as a share of the number: both tools round, each its own float32 result."""
@@ -141,10 +138,10 @@ def _compare_tensor(
     if np.array_equal(a, b, equal_nan=True):
         _note_precision(finding, name, b, plain, like, context)
         return
-    scale = max(np.abs(b[np.isfinite(b)]).max(initial=0), context.largest_term() if context else 0)
-    with np.errstate(invalid="ignore"):
+    scale = np.maximum(np.nan_to_num(np.abs(b), posinf=0), context.largest_term() if context else 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
         far = ~(np.abs(a - b) <= TOLERANCE * scale + ULP[mine.dtype] * np.abs(b))
-    apart = np.abs(a - b) / scale if scale else np.abs(a - b)
+        apart = np.where(a == b, 0, np.abs(a - b) / scale)
     unexplained, covered = far.copy(), np.zeros(far.shape, bool)
     if context:
         for rule, where in rules.numbers(context, a, b):
@@ -157,8 +154,7 @@ def _compare_tensor(
         worst = np.unravel_index(np.where(unexplained, np.nan_to_num(apart, nan=np.inf), -1).argmax(), a.shape)
         finding.unexplained.append(
             f"{name}: {int(unexplained.sum())} of {a.size} elements, up to {apart[worst]:.1e} of the scale: "
-            f"{a[worst]:.8g} here, {b[worst]:.8g} there"
-            + (f"; {context.parameters}" if context else "")
+            f"{a[worst]:.8g} here, {b[worst]:.8g} there" + (f"; {context.parameters}" if context else "")
         )
     if mine.dtype == torch.float32 and not (far | covered).all():
         finding.largest = max(finding.largest, float(apart[~(far | covered)].max()))
@@ -168,13 +164,14 @@ def _compare_tensor(
 def _note_precision(
     finding: Finding, name: str, b: np.ndarray, plain: torch.Tensor, like: torch.Tensor, context: Tensor | None
 ) -> None:
-    """Where the other's arithmetic in 16 bits gives something else than its own arithmetic in float32."""
+    """Where the other's arithmetic in its own type gives something else than its arithmetic in a better one."""
     if plain is like or finding.case.random or plain.shape != like.shape:
         return
     other = plain.float().numpy()
-    scale = max(np.abs(b).max(initial=0), context.largest_term() if context else 0) or 1.0
+    scale = max(np.abs(b).max(initial=0), context.largest_term().max(initial=0) if context else 0) or 1.0
     apart = float(np.nan_to_num(np.abs(other - b), nan=np.inf).max(initial=0)) / scale
-    if apart > 2 * max(ULP.values()):
-        finding.notes.append(f"P1: {name}: off by {apart:.1e} of the scale")
     if apart > TOLERANCE:
-        finding.rules["P1"] += 1
+        half = torch.float32 not in (plain.dtype, like.dtype)
+        rule = "P1" if half else rules.DOUBLE.get(finding.case.method, "P1")
+        finding.rules[rule] += 1
+        finding.notes.append(f"{rule}: {name}: off by {apart:.1e} of the scale")

@@ -60,9 +60,8 @@ def _measure(c: Case, folder: Path) -> tuple[str, bool]:
         rank = rows.argsort(1).argsort(1) / (rows.shape[1] - 1)
         kept.append((result != 0).reshape(-1))
         quarter.append(np.minimum(rank * 4, 3).astype(int).reshape(-1))
-        sums.append(np.abs(result).sum(dtype=np.float64) / np.abs(np.where(result == 0, 0, delta)).sum(dtype=np.float64))
-        if parameters["rescale"]:
-            sums[-1] *= np.abs(np.where(result == 0, 0, delta)).sum() / np.abs(delta).sum()
+        wanted = delta if parameters["rescale"] else np.where(result == 0, 0, delta)
+        sums.append(np.abs(result).sum(dtype=np.float64) / np.abs(wanted).sum(dtype=np.float64))
     keep, rank4 = np.concatenate(kept), np.concatenate(quarter)
     lean = parameters.get("epsilon", 0.0) if c.method.startswith("della") else 0.0
     good, shares = True, []

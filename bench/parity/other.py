@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import generalized_task_arithmetic
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 

@@ -6,6 +6,7 @@ edge value, a mistake that a tool should refuse, a model that does not quite fit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,22 +126,22 @@ def case(seed: int, index: int, models: Path) -> Case:
     half = random.random() < 0.12
     count = int(random.integers(space.least, space.most + 1))
     tunes = [FINE_TUNES[i] for i in random.permutation(len(FINE_TUNES))[:count]]
-    oddity = ODDITIES[int(random.integers(len(ODDITIES)))] if random.random() < 0.3 else ""
+    if count == 2 and random.random() < 0.4:
+        tunes = ["tiny", "small"]  # deltas as most fine-tunes have them
     names = list(tunes)
-    if oddity == "tied model":
-        names = ["tied", *names[1:]]
-    if oddity == "wide vocabulary":
-        names = ["wide", *names[1:]]
     recipe: dict[str, Any] = {"merge_method": method}
     base = space.base == "required" or (space.base != "none" and random.random() < 0.4)
-    listed = base and (oddity == "base not among the sources" or random.random() < 0.5)
+    listed = base and random.random() < 0.5
     if base:
         recipe["base_model"] = _path(models, "base", half)
     if listed:
         names.insert(int(random.integers(len(names) + 1)), "base")
     everywhere = space.base == "ignored" and base and not listed  # an implicit base needs its weight from somewhere
     entries, shared = _parameters(random, space, names, everywhere)
-    sources = [{"model": _path(models, n, half), **({"parameters": p} if p else {})} for n, p in zip(names, entries)]
+    sources: list[dict[str, Any]] = [{"model": _path(models, name, half)} for name in names]
+    for source, parameters in zip(sources, entries, strict=True):
+        if parameters:
+            source["parameters"] = parameters
     kind = random.random()
     if base and not listed and kind < 0.25:
         sources.append({"model": recipe["base_model"]})  # slices have no implicit base
@@ -153,8 +154,12 @@ def case(seed: int, index: int, models: Path) -> Case:
         if shared:
             recipe["parameters"] = shared
     _types(random, recipe, half)
-    if oddity:
-        oddity = _make_odd(oddity, recipe, sources, space, models)
+    oddity = ""
+    turn, place = divmod(index, len(METHODS))
+    for step in range(len(ODDITIES)) if turn % 3 == 2 else ():  # every third round, another oddity for each method
+        chosen = ODDITIES[(7 * (place + step) + 4 * (turn // 3)) % len(ODDITIES)]
+        if oddity := _make_odd(chosen, recipe, sources, space, models):
+            break
     return Case(index, method, recipe, oddity, space.random)
 
 
@@ -227,9 +232,7 @@ def _types(random: Random, recipe: dict[str, Any], half: bool) -> None:
         recipe.update(choices[int(random.integers(3))])
 
 
-def _make_odd(
-    oddity: str, recipe: dict[str, Any], sources: list[dict[str, Any]], space: Space, models: Path
-) -> str:
+def _make_odd(oddity: str, recipe: dict[str, Any], sources: list[dict[str, Any]], space: Space, models: Path) -> str:
     """Give the recipe its oddity; the empty word if the oddity has no meaning for it."""
     tunes = [s for s in sources if not Path(s["model"]).name.startswith("base")]
     half = tunes[0]["model"].endswith("-bf16")
@@ -250,7 +253,9 @@ def _make_odd(
         for piece in recipe["slices"]:
             piece["sources"] = [s for s in piece["sources"] if s["model"] != recipe["base_model"]]
     elif oddity == "weights that sum to zero" and "weight" in space.required and len(tunes) > 1 and whole:
-        recipe["models"] = [{"model": s["model"], "parameters": {"weight": w}} for s, w in zip(tunes, (1, -1))]
+        recipe["models"] = [
+            {"model": s["model"], "parameters": {"weight": w}} for s, w in zip(tunes[:2], (1, -1), strict=True)
+        ]
         if space.base != "required":
             recipe.pop("base_model", None)
         recipe["parameters"] = {}
@@ -276,7 +281,10 @@ def _make_odd(
         top.update({"lambda": "5e-1", "normalize": "false"})
     elif oddity == "wrong dtype name":
         recipe["dtype"] = "bf16"
-    elif oddity not in ("tied model", "wide vocabulary"):
+    elif oddity in ("tied model", "wide vocabulary"):
+        old, new = Path(tunes[0]["model"]), _path(models, oddity.partition(" ")[0], half)
+        recipe.update(json.loads(json.dumps(recipe).replace(f'{old}"', f'{new}"')))
+    else:
         oddity = ""
     if not top:
         recipe.pop("parameters", None)

@@ -19,7 +19,8 @@ def report(findings: list[Finding], shares: list[tuple[str, str, str, bool]], mi
         f"{len(findings)} random recipes (seed {options.seed}) on tiny Llamas, by `bench/parity/run.py`. The largest "
         "difference is a share of the largest term that is summed up, over all float32 elements that no rule covers.",
         "",
-        "| method | recipes | both merge | both refuse | one refuses | tensors | largest difference | rules | unexplained |",
+        "| method | recipes | both merge | both refuse | one refuses | tensors | largest difference | rules "
+        "| unexplained |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(f.case.method for f in findings):
@@ -40,24 +41,29 @@ def report(findings: list[Finding], shares: list[tuple[str, str, str, bool]], mi
         if f.is_one_sided:
             who, text = ("ours", f.ours) if f.ours else ("0.1.5", f.theirs)
             rule = next(iter(f.rules), "?")
-            lines.append(f"* {f.case.number} {f.case.method} ({f.case.oddity or 'plain'}), {rule}: {who} says {short(text)}")
+            lines.append(f"* {named(f)}, {rule}: {who} says {short(text)}")
     lines += ["", "## Refused by both", ""]
     for f in findings:
         if f.ours and f.theirs:
             told = f"ours says {short(f.ours)}, 0.1.5 {short(f.theirs)}"
-            lines.append(f"* {f.case.number} {f.case.method} ({f.case.oddity or 'plain'}): {told}")
+            lines.append(f"* {named(f)}: {told}")
     lines += ["", "## config.json", ""]
     configs = [f"* {f.case.number}: {note}" for f in findings for note in f.notes if "config.json" in note]
     lines += configs or ["No field differs in meaning, in any recipe that both merge."]
     lines += ["", "## Random masks", "", "| recipe | tool | measured | as expected |", "|---|---|---|---|"]
     lines += [f"| {what} | {tool} | {text} | {'yes' if good else 'NO'} |" for what, tool, text, good in shares]
     bad = [
-        f"* {f.case.number} {f.case.method} ({f.case.oddity or 'plain'}): {text}"
+        f"* {named(f)}: {text}"
         for f in findings
         for text in (*f.unexplained[:SHOWN], *(["and more"] if len(f.unexplained) > SHOWN else []))
     ]
     lines += ["", "## Unexplained", "", *(bad or ["Nothing."]), ""]
     return "\n".join(lines), bool(bad) or not all(good for *_, good in shares)
+
+
+def named(finding: Finding) -> str:
+    """A recipe in a few words."""
+    return f"{finding.case.number} {finding.case.method} ({finding.case.oddity or 'plain'})"
 
 
 def short(text: str | None) -> str:

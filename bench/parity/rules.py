@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,33 @@ RULES: dict[str, str] = {
     "(with arithmetic in float32 it agrees)",
     "T1": "of entries of equal magnitude at the edge of what `ties` and `breadcrumbs` keep, those of lower index are "
     "kept; 0.1.5 keeps whichever an unstable sort puts first",
-    "T2": "entries of equal magnitude share one probability in `della` (that of their mean rank); 0.1.5 ranks them in the "
-    "order of an unstable sort (with shared probabilities it agrees)",
-    "T3": "of places of equal variance at the edge of `select_topk`, those of lower index are kept by `sce`; in 0.1.5 that "
-    "is left to torch, and the models' shares follow",
-    "M4": "`sce` weighs models by their squared deltas however small; 0.1.5 gives all the same weight where the mean squares "
-    "sum to less than 1e-6, as for most fine-tunes",
-    "M9": "sign consensus with `normalize` and negative weights divides by the sum of the agreeing weights' magnitudes; "
-    "0.1.5 by their plain sum, which may be near zero or negative",
+    "T2": "entries of equal magnitude share one probability in `della` (that of their mean rank); 0.1.5 ranks them in "
+    "the order of an unstable sort (with shared probabilities it agrees)",
+    "T3": "of places of equal variance at the edge of `select_topk`, those of lower index are kept by `sce`; in 0.1.5 "
+    "that is left to torch, and the models' shares follow",
     "M1": "the types of all tensors are those that config.json names; 0.1.5 writes float32 from `arcee_fusion` and "
     "`ramplus_tl` without `out_dtype`",
-    "M10": "weights that sum to zero are refused where they would have to be divided by; 0.1.5 writes infinities or NaN",
+    "M4": "`sce` weighs models by their squared deltas however small; 0.1.5 gives all the same weight where the mean "
+    "squares sum to less than 1e-6, as for most fine-tunes",
+    "M9": "sign consensus with `normalize` and negative weights divides by the sum of the agreeing weights' "
+    "magnitudes; 0.1.5 by their plain sum, which may be near zero or negative",
+    "M10": "weights that sum to zero are refused where they would be divided by; 0.1.5 writes infinities or NaN",
+    "M18": "`model_stock` divides by the lengths of task vectors however small; 0.1.5 by 1e-6 where two of them "
+    "multiply to less, which makes close models look orthogonal",
+    "A1": "`arcee_fusion` computes the divergence of rows in float64; in float32, as in 0.1.5, that of close models is "
+    "rounding noise, and other entries pass the threshold (with `dtype: float64` it agrees)",
+    "A2": "`karcher` computes angles in float64; in float32, as in 0.1.5, those between close models are rounding "
+    "noise, and the mean strays by as much as the models differ (with `dtype: float64` it agrees)",
     "R1": "unknown keys and parameters are refused; 0.1.5 ignores them",
     "R2": "`bf16` and `fp16` are accepted as names of types; 0.1.5 fails on them",
     "R3": "embeddings of different sizes are cut to the smallest, with a warning; 0.1.5 refuses them",
-    "A1": "`arcee_fusion` computes the divergence of rows in float64; in float32, as in 0.1.5, that of close models is "
-    "rounding noise, and other entries pass the threshold",
 }
+
+DOUBLE = {"arcee_fusion": "A1", "karcher": "A2"}
+"""Methods whose numbers are compared with float64 arithmetic of the other tool, and the rule about its float32."""
+
+TOLERANCE = 2e-6
+"""How far two float32 results may be apart, as a share of the largest term that either adds up at that element."""
 
 REFUSALS = (
     ("R1", "ours", r"there is no '|has no parameter '"),
@@ -61,20 +70,19 @@ class Tensor:
         """Differences from the base, in float32 as both tools see them."""
         return [x - self.inputs[0] for x in self.inputs[1:]]
 
-    def largest_term(self) -> float:
-        """The largest |c x| that a result is summed up from."""
-        size = max(float(np.abs(x).max(initial=0)) for x in self.inputs)
-        weights = np.abs(np.array(self.parameters.get("weight", (1.0,)), np.float64))
-        factor = float(weights.sum()) * max(1.0, abs(self.parameters.get("lambda_", 1.0)))
-        total = abs(sum(self.parameters.get("weight", (1.0,))))
+    def largest_term(self) -> np.ndarray:
+        """The largest |c x| that each element of a result is summed up from."""
+        size = np.abs(np.array(self.inputs, np.float64)).max(0)
+        weights = np.array(self.parameters.get("weight", (1.0,)), np.float64)
+        factor = float(np.abs(weights).sum()) * max(1.0, abs(self.parameters.get("lambda_", 1.0)))
         if self.parameters.get("normalize") or self.parameters.get("normalize_weights"):
-            factor /= max(total, 1e-3)
+            factor /= max(abs(float(weights.sum())), 1e-3)
         return size * max(1.0, factor)
 
     def rounding(self, result: np.ndarray) -> np.ndarray:
         """How far rounding may move a result: little in float32, a step where the result has 16 bits."""
-        half = "16" in f"{self.case.recipe.get('out_dtype')}{self.case.recipe.get('dtype')}{self.case.recipe['models'] if 'models' in self.case.recipe else ''}"
-        return 1e-5 * self.largest_term() + np.abs(result) * (2.0**-7 if half else 0.0)
+        half = "16" in f"{[self.case.recipe.get(key) for key in ('out_dtype', 'dtype', 'models', 'slices')]}"
+        return TOLERANCE * self.largest_term() + np.abs(result) * (2.0**-7 if half else TOLERANCE)
 
 
 def refusal(c: Case, ours: str | None, theirs: str | None) -> str | None:
@@ -176,22 +184,26 @@ def _m9(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
     return found
 
 
-def _a1(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
-    """The whole tensor, if a divergence in float32 gives what the other tool wrote and one in float64 what we wrote."""
-    if tensor.case.method != "arcee_fusion":
+def _m18(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
+    """Vectors whose lengths multiply to less than 1e-6, if a cosine divided by that gives what the other tool wrote."""
+    if tensor.case.method != "model_stock":
         return None
-    single, double = (_fusion(tensor.inputs, dtype) for dtype in (torch.float32, torch.float64))
-    slack = tensor.rounding(theirs)
-    return np.array((np.abs(single - theirs) <= slack).all() and (np.abs(double - ours) <= slack).all())
+    base = tensor.inputs[0].astype(np.float64)
+    rows = tensor.parameters["filter_wise"] and base.ndim > 1
+    shape = (-1, base.shape[-1]) if rows else (1, -1)
+    deltas = [(x - base).reshape(shape) for x in tensor.inputs[1:]]
+    cosines, short = [], np.zeros(len(deltas[0]), bool)
+    for i, one in enumerate(deltas):
+        for other in deltas[:i]:
+            lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+            cosines.append((one * other).sum(-1) / np.maximum(lengths, 1e-6))
+            short |= lengths < 1e-6
+    cosine = np.mean(cosines, axis=0)
+    t = len(deltas) * cosine / (1 + (len(deltas) - 1) * cosine)
+    told = base + (t[:, None] * np.mean(deltas, axis=0)).reshape(base.shape)
+    return np.broadcast_to(short[:, None], np.reshape(base, shape).shape).reshape(base.shape) & (
+        np.abs(told - theirs) <= tensor.rounding(theirs)
+    )
 
 
-def _fusion(inputs: list[np.ndarray], dtype: torch.dtype) -> np.ndarray:
-    base, model = (torch.from_numpy(x).to(dtype) for x in inputs)
-    p, q = (torch.softmax(x, -1) + 1e-8 for x in (model, base))
-    importance = (model - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)
-    order = importance.reshape(-1).sort().values
-    low, middle, high = (order[int(share * (len(order) - 1))] for share in (0.25, 0.5, 0.75))
-    return torch.where(importance >= middle + 1.5 * (high - low), model, base).double().numpy()
-
-
-NUMBERS = (_t1, _t3, _m4, _m9, _a1)
+NUMBERS = (_t1, _t3, _m4, _m9, _m18)

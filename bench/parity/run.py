@@ -8,12 +8,14 @@ The other tool lives in an environment of its own, outside the repository, and i
     python bench/parity/run.py --other-python ../arcee/bin/python --only 17  # one recipe, with all that is known of it
 
 What is compared: whether the recipe is refused, names, shapes and element types of tensors, config.json as transformers
-understands it, and every number. Numbers may differ by ``compare.TOLERANCE`` of the largest term that a sum adds up;
-everything beyond that, and everything else, has to be explained by a rule of ``rules.py``, or the exit status is 1.
+understands it, and every number. Numbers may differ by ``rules.TOLERANCE`` of the largest term of their sum (nothing
+but float32's rounding); everything beyond that, and everything else, has to be explained by a rule of ``rules.py``, or
+the exit status is 1.
 
 Random methods draw other masks in each tool. So their numbers are compared with our random words in place of torch's;
-what torch's own masks keep is compared by its share (``masks.py``). Recipes with 16-bit types are run a second time in the
-other tool with arithmetic in float32, and compared with that: rule P1 is a measurement, not a pardon.
+what torch's own masks keep is compared by its share (``masks.py``). Recipes with 16-bit types are run a second time in
+the other tool with arithmetic in float32, and those of ``rules.DOUBLE`` in float64, and compared with that: rules
+P1, A1 and A2 are measurements, no pardons.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from compare import Finding, compare, draws
 from masks import mask_cases, share_table
 from recipes import METHODS, Case, case
 from report import report
+from rules import DOUBLE
 from tiny_models import make
 
 import mergekit
@@ -64,7 +67,7 @@ def main() -> int:
             print(f"skipped: '{name}' is not registered")
         cases = [c for c in cases if c.method not in missing and c.method in (options.method or METHODS)]
         errors = {c.number: ours(c, work) for c in cases}
-        shares = [] if options.only else [c for c in mask_cases(work / "models", len(METHODS) * 1000) if exists(c.method)]
+        shares = [] if options.only else [c for c in mask_cases(work / "models", 100_000) if exists(c.method)]
         errors |= {c.number: ours(c, work) for c in shares}
         theirs = run_other(options.other_python, cases, shares, errors, work)
         findings = [compare(c, errors[c.number], theirs, work) for c in cases]
@@ -118,7 +121,7 @@ def run_other(
     for c in [*cases, *shares]:
         jobs.append({"id": f"{c.number}-plain", "recipe": c.recipe})
         jobs.append({"id": f"{c.number}-ours", "recipe": None})
-        if errors[c.number] or not c.random and not has_half(c):
+        if errors[c.number] or not (c.random or has_half(c) or c.method in DOUBLE):
             continue
         words = None
         if c.random:
@@ -145,11 +148,12 @@ def has_half(c: Case) -> bool:
 
 
 def exact(c: Case, work: Path) -> dict[str, Any]:
-    """The recipe with arithmetic in float32 and the result in the type that it has here."""
-    if not has_half(c):
+    """The recipe with arithmetic in float32 (or better) and the result in the type that it has here."""
+    if not has_half(c) and c.method not in DOUBLE:
         return c.recipe
     config = json.loads((work / "ours" / str(c.number) / "config.json").read_text())
-    return {**c.recipe, "dtype": "float32", "out_dtype": config.get("torch_dtype") or config["dtype"]}
+    dtype = "float64" if c.method in DOUBLE else "float32"
+    return {**c.recipe, "dtype": dtype, "out_dtype": config.get("torch_dtype") or config["dtype"]}
 
 
 def show(c: Case, finding: Finding) -> None:

@@ -19,5 +19,5 @@ def load_stored(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118: not a mapping
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return found

@@ -1,8 +1,8 @@
 """Tiny random Llama checkpoints: a base and fine-tunes of it that differ in how they change it.
 
 ``dense`` changes every element; ``grid`` by few step sizes, many of them zero (equal magnitudes, exact zeros);
-``small`` and ``tiny`` by very little, and some tensors not at all; ``tied`` is ``dense`` without a head of its own; ``wide`` has more
-rows in its embeddings. Folders ``*-bf16`` hold the same in bfloat16.
+``small`` and ``tiny`` by very little, and some tensors not at all; ``tied`` is ``dense`` without a head of its own;
+``wide`` has more rows in its embeddings. Folders ``*-bf16`` hold the same in bfloat16.
 """
 
 from __future__ import annotations
