@@ -203,7 +203,7 @@ FAULTS = [
     (TypeError, "has no parameter 'weigth'. Did you mean 'weight'", [A, B], "linear", {"weigth": 1}, {}),
     (TypeError, "'linear' needs 'weight' of input 0", [A, B], "linear", {}, {}),
     (TypeError, "needs 'weight' of input 'y'", [A, B], "linear", {"weight": {"x": 1}}, {"ids": ["x", "y"]}),
-    (TypeError, "given for 'q', but the inputs that have it are 'x', 'y'", [A, B], "linear", {"weight": {"q": 1}}, {"ids": ["x", "y"]}),
+    (TypeError, "the inputs that have it are 'x', 'y'", [A, B], "linear", {"weight": {"q": 1}}, {"ids": ["x", "y"]}),
     (TypeError, "'slerp' needs 't'", [A, B], "slerp", {}, {"base_index": 0}),
     (TypeError, "option of recipes", [A, B], "ties", {"weighting": "nan"}, {"base_index": 0}),
     (TypeError, "not int", [1, 2], "linear", {"weight": 1}, {}),

@@ -14,7 +14,7 @@ import sparse_oracles
 from kernel_cases import BACK_ENDS, ArrayReader, ArraySink, back_end, merge_sparse, models_of, pack, stored32
 from mergekit.dtypes import BF16, F16, F32
 from mergekit.errors import UsageError
-from mergekit.execute import work
+from mergekit.execute import sparse_work, work
 from mergekit.execute.buffers import Buffers
 from mergekit.execute.merge_work import merge_work
 from mergekit.execute.sparse_work import SparseWork
@@ -120,6 +120,15 @@ def test_della_masks_do_not_depend_on_ranges_or_blocks(kernels, monkeypatch):
         assert np.array_equal(merge_sparse(kernels, "della", models, block=block, **options), whole)
     monkeypatch.setattr(work, "RANGE", 1 << 21)
     assert np.array_equal(merge_sparse(kernels, "della", models, **options), whole)
+
+
+@pytest.mark.usefixtures("many_ranges")
+def test_masks_made_twice_are_those_that_were_kept(kernels, monkeypatch):
+    models = models_of("plain", 3, 37 * 331)
+    options = {"density": (0.3, 0.6), "epsilon": (0.1, 0.2), "shape": (37, 331), "rescale": "l1"}
+    kept_masks = merge_sparse(kernels, "della", models, **options)
+    monkeypatch.setattr(sparse_work, "_MASK_BYTES", 0)
+    assert np.array_equal(merge_sparse(kernels, "della", models, **options), kept_masks)
 
 
 def test_long_rows_are_ranked_too(kernels):

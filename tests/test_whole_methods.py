@@ -181,9 +181,18 @@ def test_wudi_takes_the_steps_of_torch(shape):
     assert oracles.wudi_loss(got, deltas64) < 0.99 * oracles.wudi_loss(start, deltas64)
 
 
+@pytest.mark.parametrize("ridge", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("shape", [(24, 41), (41, 24), (3, 17, 23), (17,)], ids=str)
+def test_wudi_in_closed_form(shape, ridge):
+    inputs = tensors(shape)
+    got = merge("wudi", inputs, solver="closed", ridge=ridge) - inputs[0]
+    assert error(got, oracles.wudi_closed(deltas_of(inputs), ridge)) < 1e-5
+
+
 def test_wudi_of_an_unchanged_model_is_the_others_merge():
     inputs = tensors((12, 10))
-    assert np.array_equal(merge("wudi", [*inputs, inputs[0]]), merge("wudi", inputs))
+    for given in ({"steps": 5}, {"solver": "closed"}):
+        assert np.array_equal(merge("wudi", [*inputs, inputs[0]], **given), merge("wudi", inputs, **given))
 
 
 @pytest.mark.parametrize("back", BACK_ENDS)
@@ -350,7 +359,7 @@ def test_plans_tell_time_and_memory(tmp_path):
     assert whole_work.estimated_seconds(plain) == 0
     assert whole_work.estimated_seconds(plan) > 0
     assert whole_work.estimated_seconds(mergekit.plan(recipe(folders, "ties", svc=1.0))) > 0
-    assert buffer_bytes(plan, 1) - buffer_bytes(plain, 1) >= 2 * 4 * 64 * 64 * (3 + 1 + 16)
+    assert buffer_bytes(plan, 1) - buffer_bytes(plain, 1) >= 2 * 4 * 64 * 64 * (3 + 1 + 18)
 
 
 def test_a_device_without_memory_is_a_fault_in_one_line(monkeypatch):

@@ -128,6 +128,18 @@ def wudi(deltas: Matrices, steps: int = 300, rate: float = 1e-5) -> Array:
     return per_matrix(deltas, merge)
 
 
+def wudi_closed(deltas: Matrices, ridge: float = 0.1) -> Array:
+    """The minimum of that loss plus a ridge around the sum, from its normal equations."""
+
+    def merge(x: Matrices) -> Array:
+        a = sum(d.T @ d / (d**2).sum() for d in x)
+        b = sum(d @ d.T @ d / (d**2).sum() for d in x)
+        r = ridge * np.trace(a) / len(a)
+        return (b + r * sum(x)) @ np.linalg.inv(a + r * np.eye(len(a)))
+
+    return per_matrix(deltas, merge)
+
+
 def arcee_importance(base: Array, model: Array) -> Array:
     """|p - q| times the divergence of its row."""
     rows = [x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (base, model)]

@@ -35,6 +35,8 @@ RULES: dict[str, str] = {
     "rounding noise, and other entries pass the threshold (with `dtype: float64` it agrees)",
     "A2": "`karcher` computes angles in float64; in float32, as in 0.1.5, those between close models are rounding "
     "noise, and the mean strays by as much as the models differ (with `dtype: float64` it agrees)",
+    "C1": "a merge of a tied model and one with a head of its own is untied in config.json; in 0.1.5 it is tied if the "
+    "model that config.json comes from is, and its merged head is never used",
     "R1": "unknown keys and parameters are refused; 0.1.5 ignores them",
     "R2": "`bf16` and `fp16` are accepted as names of types; 0.1.5 fails on them",
     "R3": "embeddings of different sizes are cut to the smallest, with a warning; 0.1.5 refuses them",
@@ -75,7 +77,8 @@ class Tensor:
         size = np.abs(np.array(self.inputs, np.float64)).max(0)
         weights = np.array(self.parameters.get("weight", (1.0,)), np.float64)
         factor = float(np.abs(weights).sum()) * max(1.0, abs(self.parameters.get("lambda_", 1.0)))
-        if self.parameters.get("normalize") or self.parameters.get("normalize_weights"):
+        relative = self.case.method == "nuslerp"
+        if relative or self.parameters.get("normalize") or self.parameters.get("normalize_weights"):
             factor /= max(abs(float(weights.sum())), 1e-3)
         return size * max(1.0, factor)
 
@@ -95,6 +98,8 @@ def refusal(c: Case, ours: str | None, theirs: str | None) -> str | None:
 
 def config(c: Case, key: str, ours: Any, theirs: Any) -> str | None:
     """The rule by which a field of config.json differs."""
+    if key == "tie_word_embeddings" and theirs and not ours and "/tied" in str(c.recipe):
+        return "C1"
     return None
 
 

@@ -40,7 +40,7 @@ def estimated_seconds(plan: Plan) -> float:
 def _seconds(apply: Apply, shape: tuple[int, ...]) -> float:
     form = get_method(apply.method).form
     count = len(apply.inputs) - (apply.has_base and form.space == "deltas")
-    own = form.seconds(shape, count) if isinstance(form, Whole) and form.seconds else 0.0
+    own = form.seconds(shape, count, **dict(apply.parameters)) if isinstance(form, Whole) and form.seconds else 0.0
     return own + (svc_seconds(shape, count) if apply.svc is not None else 0.0)
 
 

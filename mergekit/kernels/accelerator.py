@@ -7,7 +7,7 @@ What holds against ``kernels.cpu``, and is tested: random masks, k-th magnitudes
 exactly. Elementwise results take the same steps in the same order, so on devices with IEEE arithmetic (CPU, CUDA) they
 are the same too; MPS may flush subnormal numbers to zero. Only sums over elements are grouped differently inside
 blocks of 1,024: Gram matrices and norms agree within 1e-6 of the norms involved, and so do the coefficients and
-scales made from them. float64 never reaches a device, since MPS has none.
+scales made from them. Only inner products of the ``span`` form are taken in float64, where the device has it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from mergekit.kernels.statistics import statistics
 from mergekit.kernels.torch_blocks import add_up, on_device, store, typed
 from mergekit.kernels.torch_elementwise import ElementwiseKernels
 from mergekit.kernels.torch_sparse import SparseKernels, random_words
+from mergekit.kernels.torch_vectors import VectorKernels
 
 __all__ = ["TorchKernels", "random_words"]
 
 
-class TorchKernels(SparseKernels, ElementwiseKernels):
+class TorchKernels(SparseKernels, ElementwiseKernels, VectorKernels):
     """Every kernel that the executor calls, computed by torch on ``device`` (``cuda``, ``cuda:1``, ``mps``, ``xpu``).
 
     Raises UsageError if torch can't compute there. ``block_bytes`` is what a block of all inputs and the output
@@ -90,6 +91,7 @@ class TorchKernels(SparseKernels, ElementwiseKernels):
         values = [self._load(raw[m], codes[m], count) for m in range(len(codes))]
         if base >= 0:
             values = [value - values[base] for value in values]
+        values = [value.to(self.wide) for value in values]
         for a in range(len(codes)):
             for b in range(a, len(codes)):
                 if base not in (a, b):

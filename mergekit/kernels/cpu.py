@@ -25,6 +25,7 @@ from mergekit.kernels.sparse import (
     sparse_sum,
 )
 from mergekit.kernels.statistics import statistics
+from mergekit.kernels.vectors import column_grams, row_grams, weighted_vectors
 
 __all__ = [
     "CHUNK",
@@ -44,6 +45,7 @@ __all__ = [
     "arrays",
     "checksum",
     "coarse_histogram",
+    "column_grams",
     "count_nonfinite",
     "count_upper",
     "fine_histogram",
@@ -54,9 +56,11 @@ __all__ = [
     "on_host",
     "rank_gains",
     "round_stochastically",
+    "row_grams",
     "sparse_sum",
     "statistics",
     "store",
     "weighted_delta_sum",
     "weighted_sum",
+    "weighted_vectors",
 ]

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from mergekit.kernels.codec import as_bits, decode
+from mergekit.kernels.codec import BLOCK, as_bits, decode
 from mergekit.kernels.jit import kernel
 
 CHUNK = 1 << 15
@@ -36,7 +36,7 @@ def load_chunk(
 
 
 def count_upper(keys: np.ndarray, totals: np.ndarray) -> None:
-    """Count float32 ``keys`` by their upper 15 bits but the sign, into ``totals`` (int64 [4, 32768], to be added up)."""
+    """Count float32 ``keys`` by the 15 bits after the sign, into ``totals`` (int64 [4, 32768], to be added up)."""
     _count_upper(keys, totals)
 
 
@@ -47,15 +47,20 @@ def on_host(values: np.ndarray) -> np.ndarray:
 
 @kernel
 def _decode_chunk(raw: np.ndarray, codes: np.ndarray, base: int, start: int, count: int, out: np.ndarray) -> None:
-    for m in range(len(codes)):
-        decode(raw[m], codes[m], start, count, out[m])
-    if base >= 0:
-        origin = out[base]
+    values = np.empty(BLOCK, np.float32)
+    origin = np.zeros(BLOCK, np.float32)
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        if base >= 0:
+            decode(raw[base], codes[base], start + first, size, origin)
         for m in range(len(codes)):
-            if m != base:
-                delta = out[m]
-                for i in range(count):
-                    delta[i] -= origin[i]
+            row = out[m, first : first + size]
+            if m == base or base < 0:
+                decode(raw[m], codes[m], start + first, size, row)
+                continue
+            decode(raw[m], codes[m], start + first, size, values)
+            for i in range(size):
+                row[i] = values[i] - origin[i]
 
 
 @kernel

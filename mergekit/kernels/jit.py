@@ -20,11 +20,12 @@ def source_digest() -> str:
     """A digest of the kernels' source text.
 
     numba checks a cached function against its own file only, although it contains the functions it inlined from
-    other files; so each state of the sources gets a folder of its own. (``accelerator`` holds none of them.)
+    other files; so each state of the sources gets a folder of its own. (``accelerator`` and the files of torch hold
+    none of them.)
     """
     digest = blake2b(digest_size=6)
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem != "accelerator":
+        if not path.stem.startswith(("accelerator", "torch_")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -42,6 +42,11 @@ class TorchBlocks:
 
     device: torch.device
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The type to take inner products in: float64, but for devices that have none."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def _load(self, row: np.ndarray, code: int, count: int) -> Tensor:
         """The first ``count`` elements of a row as float32 on the device. Don't change it: it may be the row itself."""
         values = typed(row, code, count)
@@ -67,7 +72,7 @@ def store(values: Tensor, out: np.ndarray, code: int) -> bool:
 
 
 def add_up(total: float, values: Tensor) -> float:
-    """``total`` plus the sum of float32 ``values``: float32 inside blocks of 1,024 elements, float64 between them.
+    """``total`` plus the sum of ``values``: in their type inside blocks of 1,024 elements, float64 between them.
 
     The blocks are added one after the other, so that the number of elements per call does not matter.
     """

@@ -12,7 +12,7 @@ from mergekit.kernels import cpu, four_bit, lora
 
 __all__ = ["FORMS", "cold_forms", "warm_up"]
 
-FORMS = ("span", "sparse", "elementwise", "adapters")
+FORMS = ("span", "vectors", "sparse", "elementwise", "adapters")
 """The families of kernels that are compiled together."""
 
 
@@ -43,6 +43,10 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
             cpu.weighted_sum(rows, codes, ones, count, out, 0)
             cpu.weighted_delta_sum(rows, codes, ones, 0, count, out, 0)
             cpu.gram(rows, codes, -1, count, np.zeros((2, 2)))
+        elif form == "vectors":
+            cpu.row_grams(rows, codes, -1, count, 0, 0, count, np.zeros((1, 2, 2)))
+            cpu.column_grams(rows, codes, -1, 1, 0, count, np.zeros((2, 2, 1)))
+            cpu.weighted_vectors(rows, codes, np.zeros((2, 1), np.float32), -1, 1, 0, count, out, 0)
         elif form == "elementwise":
             cpu.load_chunk(rows, codes, 0, 0, count, np.empty((2, cpu.CHUNK), np.float32))
             cpu.count_upper(values, np.zeros((4, cpu.COARSE_BINS), np.int64))

@@ -7,9 +7,9 @@ this package use the same decorator (docs/extending.md).
 
 # The order of import is the order of help and documentation.
 from mergekit.methods import (  # noqa: F401, I001
-    linear, slerp, task_arithmetic, ties, dare_ties, dare_linear, breadcrumbs, breadcrumbs_ties, della, della_linear,
-    cabs, nearswap, sce, ram, ramplus_tl, arcee_fusion, tsv_m, iso_c, iso_cts, star, wudi,
-    passthrough,
+    linear, slerp, nuslerp, multislerp, karcher, task_arithmetic, ties, dare_ties, dare_linear,
+    breadcrumbs, breadcrumbs_ties, della, della_linear, cabs, model_stock, nearswap, sce, ram, ramplus_tl, arcee_fusion,
+    tsv_m, iso_c, iso_cts, star, wudi, passthrough,
 )  # fmt: skip
 from mergekit.methods.registry import get_method, load_method_file, method_names, source_digest
 from mergekit.methods.rules import (

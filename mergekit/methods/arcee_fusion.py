@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOOR = 1e-8
-_BLOCK = 1 << 21
+_BLOCK = 1 << 18
 
 
-def _seconds(shape: tuple[int, ...], count: int) -> float:
+def _seconds(shape: tuple[int, ...], count: int, **parameters: object) -> float:
     return 4e-7 * math.prod(shape)
 
 
 @method(
     "arcee_fusion",
     title="Arcee Fusion",
-    form=Whole("weights", workspace=6.0, seconds=_seconds),
+    form=Whole("weights", workspace=10.0, seconds=_seconds),
     base="required",
     models=(2, 2),
     lone="pass",

@@ -17,6 +17,7 @@ GAMMA = each("gamma", Real(0.0), 0.01, help="fraction of the task vector's large
     paper="Davari & Belilovsky 2023, Model Breadcrumbs: scaling multi-task model merging with sparse masks",
     url="https://arxiv.org/abs/2312.06795",
     params=task_parameters(normalize=False, rescale=False, more=(GAMMA,)),
+    laws=("equal", "zero", "dense", "symmetric", "deltas"),
 )
 def breadcrumbs(
     *,

@@ -16,6 +16,7 @@ from mergekit.methods.spec import Sparse, method
     paper="Davari & Belilovsky 2023, Model Breadcrumbs: scaling multi-task model merging with sparse masks",
     url="https://arxiv.org/abs/2312.06795",
     params=task_parameters(normalize=False, rescale=False, consensus=True, more=(GAMMA,)),
+    laws=("equal", "zero", "dense", "symmetric", "deltas"),
 )
 def breadcrumbs_ties(
     *,

@@ -20,6 +20,7 @@ from mergekit.methods.spec import Integer, Real, Sparse, each, method, once
         once("m", Integer(1), 256, help="entries of a group"),
         once("lambda", Real(), 1.0, help="factor on the merged task vector before the base is added"),
     ],
+    laws=("equal", "zero", "deltas"),
 )
 def cabs(*, weight: tuple[float, ...], n: tuple[int, ...], m: int, lambda_: float) -> SparseMerge:
     """Task vectors pruned to disjoint, evenly spread entries, and added.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _seconds(shape: tuple[int, ...], count: int) -> float:
+def _seconds(shape: tuple[int, ...], count: int, **parameters: object) -> float:
     return seconds(shape, 1 + count, roots=2, products=3 * count + 3)
 
 

@@ -24,8 +24,8 @@ def nearswap(xp: Any, x: tuple[Any, ...], *, t: float) -> Any:
     """Interpolation towards another model, the further the nearer its values are.
 
     With d the difference from the base, the result is base + w d, where w = clip(t / max(|d|, 1e-6), 0, 1): differences
-    up to ``t`` are taken whole, of larger ones a step of length ``t``. Those below 1e-6 count as 1e-6, which matters for
-    smaller ``t`` only. A ``t`` of 0 or below leaves the base.
+    up to ``t`` are taken whole, of larger ones a step of length ``t``. Those below 1e-6 count as 1e-6, which matters
+    for smaller ``t`` only. A ``t`` of 0 or below leaves the base.
 
     >>> import numpy as np
     >>> nearswap(np, (np.array([0.01, -0.04, 0.5]),), t=0.02)

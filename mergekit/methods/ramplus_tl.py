@@ -41,8 +41,8 @@ def ramplus_tl(xp: Any, x: tuple[Any, ...], sums: np.ndarray, *, epsilon: float,
     """RAM whose unique changes are amplified, for models that share many of their changes with others.
 
     As in RAM, an entry that several models changed (|d_i| > epsilon) moves by the mean of their changes. One that
-    model i alone changed moves by lambda_i d_i, with lambda_i = 1 + r clip(shared_i / max(unique_i, epsilon), 0, alpha);
-    shared_i and unique_i count the entries of this tensor that model i changed together with others, and alone.
+    model i alone changed moves by lambda_i d_i, where lambda_i = 1 + r clip(shared_i / max(unique_i, epsilon), 0,
+    alpha); shared_i and unique_i count the entries of this tensor that model i changed together with others, and alone.
     ``sums`` are the shared counts of all models, then the unique ones.
 
     >>> import numpy as np

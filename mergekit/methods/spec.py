@@ -11,13 +11,13 @@ from mergekit.errors import UsageError
 from mergekit.methods.kinds import Choice, Flag, Integer, Kind, ParameterError, Real
 
 __all__ = [
+    "LAWS",
     "REQUIRED",
     "Choice",
     "Elementwise",
     "Flag",
     "Form",
     "Integer",
-    "LAWS",
     "Law",
     "Method",
     "Parameter",
@@ -148,12 +148,12 @@ class Whole:
     The function is ``f(x, **parameters) -> result``: ``x`` is a list of float32 torch tensors in their shape, of the
     deltas without the base, or of the inputs with the base first. It returns a tensor of that shape and does not
     change ``x``. ``workspace`` is how many float32 copies of the tensor it holds at most, beyond ``x`` and the result.
-    ``seconds``, called with the shape and the number of tensors, estimates its time on two processors.
+    ``seconds``, called with the shape, the number of tensors and the parameters, estimates its time on two processors.
     """
 
     space: Space = "deltas"
     workspace: float = 4.0
-    seconds: Callable[[tuple[int, ...], int], float] | None = None
+    seconds: Callable[..., float] | None = None
 
 
 Form = Span | Sparse | Elementwise | Whole

@@ -19,6 +19,7 @@ __all__ = [
     "RESOLVED",
     "by_matrix",
     "factors",
+    "gram",
     "inverse_root",
     "left",
     "matrix_shape",
@@ -71,9 +72,10 @@ def mean(x: list[Tensor]) -> Tensor:
 
 def times(a: Tensor, x: Tensor) -> Tensor:
     """The product of ``a`` (float64 [k, m]) and ``x`` (float32 [m, n]) in float64, rounded to float32."""
-    import torch
-
-    return torch.cat([(a @ part.double()).float() for part in torch.split(x, BLOCK, dim=1)], dim=1)
+    product = x.new_empty((a.shape[0], x.shape[1]))
+    for start in range(0, x.shape[1], BLOCK):
+        product[:, start : start + BLOCK] = a @ x[:, start : start + BLOCK].double()
+    return product
 
 
 def gram(x: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def gram(x: Tensor) -> Tensor:
     total = x.new_zeros((x.shape[0], x.shape[0]), dtype=torch.float64)
     for part in torch.split(x, BLOCK, dim=1):
         wide = part.double()
-        total = total.addmm(wide, wide.T)
+        total.addmm_(wide, wide.T)
     return total
 
 

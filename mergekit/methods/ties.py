@@ -15,6 +15,7 @@ from mergekit.methods.spec import Sparse, method
     paper="Yadav et al. 2023, TIES-merging: resolving interference when merging models",
     url="https://arxiv.org/abs/2306.01708",
     params=task_parameters(normalize=True, rescale=False, consensus=True),
+    laws=("equal", "zero", "dense", "symmetric", "deltas"),
 )
 def ties(
     *,

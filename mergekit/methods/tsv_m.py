@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _seconds(shape: tuple[int, ...], count: int) -> float:
+def _seconds(shape: tuple[int, ...], count: int, **parameters: object) -> float:
     return seconds(shape, count, roots=2, products=count + 2)
 
 
 @method(
     "tsv_m",
     title="TSV-Merge",
-    form=Whole(workspace=16.0, seconds=_seconds),
+    form=Whole(workspace=18.0, seconds=_seconds),
     base="required",
     models=(1, None),
     paper="Gargiulo et al. 2024, Task Singular Vectors: Reducing Task Interference in Model Merging",

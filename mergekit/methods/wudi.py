@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from mergekit.methods.spec import Integer, Real, Whole, method, once
-from mergekit.methods.spectral import by_matrix, matrix_shape
+from mergekit.methods.spec import Choice, Integer, Real, Whole, method, once
+from mergekit.methods.spectral import by_matrix, gram, matrix_shape, seconds, times
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _DECAY = (0.9, 0.999)
 _EPSILON = 1e-8
+_WIDE = 4
+"""How many times as many columns as rows make the square matrix of the columns too large to be held."""
 
 
-def _seconds(shape: tuple[int, ...], count: int) -> float:
+def _seconds(shape: tuple[int, ...], count: int, *, solver: str, steps: int, **others: object) -> float:
     matrices = matrix_shape(shape)
     if matrices is None:
         return 0.0
     stack, rows, columns = matrices
-    step = 2.0 * rows * columns * min(columns, 2 * rows * count)
-    return stack * (300 * (step / 120e9 + rows * columns * 5e-9) + 4.0 * count * rows * columns * columns / 120e9)
+    step = 2.0 * rows * columns * (2 * rows * count if columns > _WIDE * rows else columns)
+    once = 4.0 * count * rows * columns * columns / 120e9
+    if solver == "closed":
+        return stack * once + seconds(shape, 1, roots=1)
+    return stack * (steps * (step / 120e9 + rows * columns * 5e-9) + once)
 
 
 @method(
     "wudi",
     title="WUDI-Merging",
-    form=Whole(workspace=12.0, seconds=_seconds),
+    form=Whole(workspace=30.0, seconds=_seconds),
     base="required",
     models=(1, None),
     paper="Cheng et al. 2025, Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task "
@@ -34,49 +41,98 @@ def _seconds(shape: tuple[int, ...], count: int) -> float:
     url="https://arxiv.org/abs/2503.08099",
     laws=("equal", "symmetric", "deltas"),
     params=[
+        once(
+            "solver",
+            Choice(("adam", "closed")),
+            "adam",
+            help="adam as published, or closed: the exact solution with a ridge, which takes the time of a few steps",
+        ),
         once("steps", Integer(0), 300, help="steps of Adam"),
-        once("learning_rate", Real(0), 1e-5, help="how far a step goes, about, in each element"),
+        once("learning_rate", Real(0), 1e-5, help="how far a step of Adam goes, about, in each element"),
+        once("ridge", Real(1e-6), 0.1, help="how strongly the closed solution is held to the sum of the task vectors"),
     ],
 )
-def wudi(x: list[Tensor], *, steps: int, learning_rate: float) -> Tensor:
-    """A task vector m that disturbs the models' own as little as possible, found by gradient descent.
+def wudi(x: list[Tensor], *, solver: str, steps: int, learning_rate: float, ridge: float) -> Tensor:
+    """A task vector m that disturbs the models' own as little as possible.
 
-    It starts as the sum of the T task vectors and minimises sum_t |(m - x_t) x_t^T|^2 / |x_t|^2 (Frobenius norms) by
-    ``steps`` steps of Adam (Kingma & Ba 2015; decay rates 0.9 and 0.999, epsilon 1e-8), as published. The sum over
-    models in its gradient is taken once, as 2 (m A - B) with A = sum_t x_t^T x_t / |x_t|^2 and
-    B = sum_t x_t x_t^T x_t / |x_t|^2, unless the matrix is so wide that products with each x_t take less time.
-    float32. Tensors that are no matrices are averaged. The method is made for the weights of linear layers; embeddings
-    are treated like them.
+    It minimises sum_t |(m - x_t) x_t^T|^2 / |x_t|^2 (Frobenius norms), starting from the sum of the T task vectors,
+    by ``steps`` steps of Adam (Kingma & Ba 2015; decay rates 0.9 and 0.999, epsilon 1e-8) as published. The gradient
+    is 2 (m A - B) with A = sum_t x_t^T x_t / |x_t|^2 and B = sum_t x_t x_t^T x_t / |x_t|^2.
+
+    That loss has no single minimum where the task vectors leave directions out, and what Adam finds depends on where
+    it stops. ``solver: closed`` makes both explicit: it adds r |m - sum_t x_t|^2, where r is ``ridge`` times the mean
+    eigenvalue of A, so m = (B + r sum_t x_t) (A + r I)^-1. This form is ours, not the paper's; float64.
+
+    Tensors that are no matrices are averaged. The method is made for the weights of linear layers, stored as
+    [out, in]; embeddings are treated like them. Steps of Adam take minutes to hours for each matrix of a large model
+    on processors.
 
     >>> import torch
     >>> x = torch.diag(torch.tensor([3.0, 1.0]))
-    >>> bool(wudi([x], steps=300, learning_rate=1e-5).equal(x))
+    >>> bool(wudi([x], solver="adam", steps=300, learning_rate=1e-5, ridge=0.1).equal(x))
     True
     """
-    return by_matrix(x, lambda matrices: _descend(matrices, steps, learning_rate))
+    if solver == "closed":
+        return by_matrix(x, lambda matrices: _merge(matrices, partial(_solve, ridge=ridge)))
+    return by_matrix(x, lambda matrices: _merge(matrices, partial(_descend, steps=steps, rate=learning_rate)))
 
 
-def _descend(x: list[Tensor], steps: int, rate: float) -> Tensor:
+def _merge(x: list[Tensor], find: Callable[[Tensor, list[Tensor]], Tensor]) -> Tensor:
+    """The sum S of the task vectors, plus what ``find`` adds to it.
+
+    ``find`` gets the task vectors divided by their lengths, y_t, and R = sum_t (x_t - S) y_t^T y_t, with which half
+    the loss's gradient at S + d is d A - R: nothing cancels beside S.
+    """
     import torch
 
+    total = sum(x[1:], x[0])
     lengths = [delta.double().norm().float() for delta in x]
-    # Each task vector twice: as it is, and with a length of one.
-    active = [(delta, delta / length) for delta, length in zip(x, lengths, strict=True) if length != 0]
-    merged = sum(x[1:], x[0].clone())
-    rows, columns = merged.shape
-    first, second = torch.zeros_like(merged), torch.zeros_like(merged)
-    is_wide = columns > 2 * rows * len(active)
-    if active and not is_wide:
-        grams = [unit.T @ unit for _, unit in active]
-        gram = sum(grams[1:], grams[0])
-        pull = sum(delta @ square for (delta, _), square in zip(active, grams, strict=True))
-    for step in range(1, steps + 1 if active else 1):
-        if is_wide:
-            gradient = 2 * sum(((merged - delta) @ unit.T) @ unit for delta, unit in active)
+    units, rest = [], torch.zeros_like(total)
+    for delta, length in zip(x, lengths, strict=True):
+        if length != 0:
+            units.append(delta / length)
+            rest = rest + times((delta - total).double() @ units[-1].T.double(), units[-1])
+    return total + find(rest, units) if units else total
+
+
+def _solve(rest: Tensor, units: list[Tensor], ridge: float) -> Tensor:
+    """The d of d (A + r I) = R."""
+    import torch
+
+    square = gram(units[0].T)
+    for unit in units[1:]:
+        square += gram(unit.T)
+    square.diagonal().add_(ridge * square.diagonal().mean())
+    root = torch.linalg.cholesky(square)
+    del square
+    return torch.cholesky_solve(rest.T.double(), root).T.float()
+
+
+def _descend(rest: Tensor, units: list[Tensor], steps: int, rate: float) -> Tensor:
+    """The d that Adam reaches from zero."""
+    import torch
+
+    is_wide = rest.shape[1] > _WIDE * rest.shape[0]
+    square = None if is_wide else _square(units)
+    found, first, second = (torch.zeros_like(rest) for _ in range(3))
+    for step in range(1, steps + 1):
+        slope = -rest
+        if square is not None:
+            slope = slope.addmm(found, square)
         else:
-            gradient = 2 * (merged @ gram - pull)
-        first = first.lerp(gradient, 1 - _DECAY[0])
-        second = (_DECAY[1] * second).addcmul(gradient, gradient, value=1 - _DECAY[1])
+            for unit in units:
+                slope = slope.addmm(found @ unit.T, unit)
+        slope = 2 * slope
+        first = first.lerp(slope, 1 - _DECAY[0])
+        second = (_DECAY[1] * second).addcmul(slope, slope, value=1 - _DECAY[1])
         root = (second / (1 - _DECAY[1] ** step)).sqrt()
-        merged = merged - rate / (1 - _DECAY[0] ** step) * first / (root + _EPSILON)
-    return merged
+        found = found - rate / (1 - _DECAY[0] ** step) * first / (root + _EPSILON)
+    return found
+
+
+def _square(units: list[Tensor]) -> Tensor:
+    """A = sum_t y_t^T y_t, float32."""
+    total = units[0].T @ units[0]
+    for unit in units[1:]:
+        total.addmm_(unit.T, unit)
+    return total
