@@ -71,7 +71,7 @@ def options_page() -> str:
         default = option.default
         if isinstance(default, bool):
             default = "on" if default else "off"
-        elif default is None:
+        elif default in (None, ()):
             default = ""
         parts.append(f"| {flag} | {default} | {option.help}{note} |")
     parts.append("\n`--no-...` switches an option off. `--dry-run` prints the plan and writes nothing.")

@@ -223,9 +223,9 @@ FLAGS = """
 --allow-crimes --no-allow-crimes --allow-nonfinite --no-allow-nonfinite --async-write --no-async-write --clone-tensors
 --no-clone-tensors --copy-tokenizer --no-copy-tokenizer --cuda --no-cuda --device --gpu-rich --no-gpu-rich
 --lazy-unpickle --no-lazy-unpickle --lora-merge-cache --lora-merge-dtype --low-cpu-memory --no-low-cpu-memory
---multi-gpu --no-multi-gpu --num-threads -j --out-shard-size --overwrite --no-overwrite --quiet --no-quiet
+--method-file --multi-gpu --no-multi-gpu --num-threads -j --out-shard-size --overwrite --no-overwrite --quiet --no-quiet
 --random-seed --read-to-gpu --no-read-to-gpu --restart --no-restart --safe-serialization --no-safe-serialization
---transformers-cache --trust-remote-code --no-trust-remote-code --unsafe-truncate-embeddings
+--stats --no-stats --transformers-cache --trust-remote-code --no-trust-remote-code --unsafe-truncate-embeddings
 --no-unsafe-truncate-embeddings --verbose -v --write-model-card --no-write-model-card --write-threads
 """.split()  # noqa: SIM905
 """The options of a merge. A word that changes the result belongs in the recipe, not here."""
@@ -267,7 +267,8 @@ def test_old_commands_are_accepted_in_full():
     args = [text for flag, value in COMMON.items() for text in ([flag, value] if value else [flag])]
     assert mergekit_yaml("r.yml", "out", *args).code == 0
     assert {flag for flag in FLAGS if not flag.startswith("--no-")} <= {
-        *COMMON, "--cuda", "--gpu-rich", "--verbose", "--overwrite", "--restart", "--allow-nonfinite",
+        *COMMON, "--cuda", "--gpu-rich", "--verbose", "--overwrite", "--restart", "--allow-nonfinite", "--stats",
+        "--method-file",
     }  # fmt: skip
 
 
@@ -301,7 +302,7 @@ def test_pickles_are_not_written():
 
 
 def test_cards_and_tokenizers_can_be_left_out():
-    assert mergekit_yaml("r.yml", "out", "--no-write-model-card", "--no-copy-tokenizer").code == 0
+    assert mergekit_yaml("r.yml", "out", "--no-write-model-card", "--no-copy-tokenizer", "--no-stats").code == 0
     assert sorted(p.name for p in Path("out").iterdir()) == ["config.json", "model.safetensors"]
     assert mergekit_yaml("r.yml", "out2").code == 0
     assert sorted(p.name for p in Path("out2").iterdir()) == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ def grams(kernels, shape: tuple[int, int], inputs: list[np.ndarray], dtypes: lis
     """Gram matrices by row and by column of the elements from the first cut to the last, in pieces."""
     n = len(inputs)
     by_row, by_column = np.zeros((shape[0], n, n)), np.zeros((n, n, shape[1]))
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         raw, codes = pack([x[start:stop] for x in inputs], dtypes)
         kernels.row_grams(raw, codes, base, shape[1], 0, start, stop - start, by_row)
         kernels.column_grams(raw, codes, base, shape[1], start, stop - start, by_column)

@@ -31,6 +31,8 @@ RULES: dict[str, str] = {
     "M10": "weights that sum to zero are refused where they would be divided by; 0.1.5 writes infinities or NaN",
     "M18": "`model_stock` divides by the lengths of task vectors however small; 0.1.5 by 1e-6 where two of them "
     "multiply to less, which makes close models look orthogonal",
+    "M19": "`sce` divides by the shares of the models that agree however small; 0.1.5 by at least 1e-6, which "
+    "shrinks the change where only models with a tiny share agree",
     "A1": "`arcee_fusion` computes the divergence of rows in float64; in float32, as in 0.1.5, that of close models is "
     "rounding noise, and other entries pass the threshold (with `dtype: float64` it agrees)",
     "A2": "`karcher` computes angles in float64; in float32, as in 0.1.5, those between close models are rounding "
@@ -153,21 +155,35 @@ def _t3(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
 
 
 def _m4(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
-    """The whole tensor, if the squares of all deltas sum to little and equal shares give what the other tool wrote."""
+    """What equal shares give where all squares are small, if that is what the other tool wrote."""
     if tensor.case.method != "sce" or len(tensor.deltas) < 2:
         return None
+    squares, _, told = _guarded_sce(tensor)
+    return np.abs(told - theirs) <= tensor.rounding(theirs) if squares < 1.0001e-6 else None
+
+
+def _m19(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
+    """Elements where the agreeing models have less than a millionth, if dividing by that is what the other tool did."""
+    if tensor.case.method != "sce" or len(tensor.deltas) < 2:
+        return None
+    _, divisor, told = _guarded_sce(tensor)
+    return (divisor < 1.0001e-6) & (np.abs(told - theirs) <= tensor.rounding(theirs))
+
+
+def _guarded_sce(tensor: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+    """The sum of mean squares, the agreeing models' shares, and the result with both guarded by 1e-6."""
     deltas = np.array(tensor.deltas, np.float64)
-    share = tensor.parameters.get("select_topk", 1.0)
+    share = tensor.parameters["select_topk"]
     if share < 1:
         variance = np.var(deltas, axis=0)
         kept = int(np.count_nonzero(variance) * share)
-        edge = np.sort(variance, axis=None)[::-1][kept - 1] if kept else np.inf
-        deltas = deltas * (variance >= edge)
-    if np.square(deltas).reshape(len(deltas), -1).mean(1).sum() >= 1.0001e-6:
-        return None
+        deltas = deltas * (variance >= (np.sort(variance, axis=None)[::-1][kept - 1] if kept else np.inf))
+    squares = np.square(deltas).reshape(len(deltas), -1).mean(1)
+    shares = squares / squares.sum() if squares.sum() >= 1e-6 else np.full(len(deltas), 1 / len(deltas))
     agree = np.sign(deltas) == np.where(deltas.sum(0) >= 0, 1, -1)
-    told = tensor.inputs[0] + (deltas * agree).sum(0) / np.maximum(agree.sum(0), 1)
-    return np.abs(told - theirs) <= tensor.rounding(theirs)
+    shares = agree * shares.reshape(-1, *(1 for _ in deltas.shape[1:]))
+    divisor = shares.sum(0)
+    return float(squares.sum()), divisor, tensor.inputs[0] + (deltas * shares).sum(0) / np.maximum(divisor, 1e-6)
 
 
 def _m9(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
@@ -211,4 +227,4 @@ def _m18(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
     )
 
 
-NUMBERS = (_t1, _t3, _m4, _m9, _m18)
+NUMBERS = (_t1, _t3, _m4, _m9, _m18, _m19)

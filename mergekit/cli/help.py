@@ -27,7 +27,7 @@ class MergeCommand(click.Command):
         formatter.write_text("Every switch --x has an opposite, --no-x.")
 
 
-_TAKES = {"out_shard_size": "SIZE", "transformers_cache": "FOLDER", "lora_merge_cache": "FOLDER"}
+_TAKES = {"out_shard_size": "SIZE", "transformers_cache": "FOLDER", "lora_merge_cache": "FOLDER", "method_file": "FILE"}
 
 
 def _is_own(parameter: click.Parameter, fields: set[str]) -> bool:
@@ -48,5 +48,5 @@ def _flag(option: Option) -> str:
 def _text(option: Option) -> str:
     if option.kind is bool and option.default:
         return f"Don't {option.help[0].lower()}{option.help[1:]}"
-    shown = option.default is not None and option.kind not in (bool, "count")
+    shown = option.default not in (None, ()) and option.kind not in (bool, "count")
     return f"{option.help.removesuffix('.')} [{option.default}]." if shown else option.help
