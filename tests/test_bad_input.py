@@ -401,7 +401,7 @@ base_model: {base}
 models:
 - model: {base}
 - model: {other}
-  parameters: {{weight: 1, density: 0.5}}
+  parameters: {{weight: 0.5, density: 0.5}}
 parameters: {{t: 0.5}}
 """,
         )

@@ -306,7 +306,7 @@ def test_cards_and_tokenizers_can_be_left_out():
     assert sorted(p.name for p in Path("out").iterdir()) == ["config.json", "model.safetensors"]
     assert mergekit_yaml("r.yml", "out2").code == 0
     assert sorted(p.name for p in Path("out2").iterdir()) == [
-        "README.md", "config.json", "mergekit_config.yml", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "merge_stats.json", "mergekit_config.yml", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from engine import merge
 from kernel_cases import BACK_ENDS, back_end, pack
 from mergekit.dtypes import BF16, F16, F32
 from mergekit.errors import RecipeError
-from mergekit.execute import work
+from mergekit.execute import span_work, work
 from mergekit.kernels import cpu
 from mergekit.methods import get_method
 from models import family, read_model
@@ -340,3 +340,21 @@ def test_model_stock_at_its_singularity_is_the_base():
     inputs = [base, base + np.float32(0.25), base - np.float32(0.25)]
     for filter_wise in (True, False):
         assert np.array_equal(merge("model_stock", inputs, filter_wise=filter_wise), base)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "rows"])
+def test_nuslerp_of_nearly_opposite_vectors_is_not_chosen_by_rounding(kind):
+    """Along the great circle the result would be a thousand times as long as it should, in a direction of noise."""
+    random = np.random.default_rng(0)
+    one = random.standard_normal((6, 500))
+    other = -one + 1e-4 * random.standard_normal(one.shape)
+    got = merge("nuslerp", [np.float32(one), np.float32(other)], weight=(1.0, 3.0), **KINDS[kind])
+    np.testing.assert_allclose(got, 0.25 * one + 0.75 * other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_how_many_vectors_are_solved_at_once_does_not_matter(monkeypatch, kind):
+    inputs = models((20, 30), 3)
+    whole = merge("nuslerp", inputs, has_base=True, weight=0.5, **KINDS[kind])
+    monkeypatch.setattr(span_work, "_CHUNK", 7)
+    assert np.array_equal(whole, merge("nuslerp", inputs, has_base=True, weight=0.5, **KINDS[kind]))

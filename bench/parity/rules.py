@@ -40,7 +40,7 @@ RULES: dict[str, str] = {
     "C1": "a merge of a tied model and one with a head of its own is untied in config.json; in 0.1.5 it is tied if the "
     "model that config.json comes from is, and its merged head is never used",
     "R1": "unknown keys and parameters are refused; 0.1.5 ignores them",
-    "R2": "`bf16` and `fp16` are accepted as names of types; 0.1.5 fails on them",
+    "R2": "`bf16` is accepted as the name of a type; 0.1.5 fails on it",
     "R3": "embeddings of different sizes are cut to the smallest, with a warning; 0.1.5 refuses them",
 }
 
@@ -155,23 +155,28 @@ def _t3(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
 
 
 def _m4(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
-    """What equal shares give where all squares are small, if that is what the other tool wrote."""
+    """A tensor whose squares are all small, where equal shares give what the other tool wrote."""
     if tensor.case.method != "sce" or len(tensor.deltas) < 2:
         return None
-    squares, _, told = _guarded_sce(tensor)
-    return np.abs(told - theirs) <= tensor.rounding(theirs) if squares < 1.0001e-6 else None
+    squares, _, told = _sce(tensor, 1e-6)
+    return _told(tensor, ours, theirs, _sce(tensor, 0.0)[2], told) if squares < 1.0001e-6 else None
 
 
 def _m19(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
     """Elements where the agreeing models have less than a millionth, if dividing by that is what the other tool did."""
     if tensor.case.method != "sce" or len(tensor.deltas) < 2:
         return None
-    _, divisor, told = _guarded_sce(tensor)
-    return (divisor < 1.0001e-6) & (np.abs(told - theirs) <= tensor.rounding(theirs))
+    _, divisor, told = _sce(tensor, 1e-6)
+    return (divisor < 1.0001e-6) & _told(tensor, ours, theirs, _sce(tensor, 0.0)[2], told)
 
 
-def _guarded_sce(tensor: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
-    """The sum of mean squares, the agreeing models' shares, and the result with both guarded by 1e-6."""
+def _told(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray, here: np.ndarray, there: np.ndarray) -> Mask:
+    """Where both tools wrote what their formulas say."""
+    return (np.abs(ours - here) <= tensor.rounding(ours)) & (np.abs(theirs - there) <= tensor.rounding(theirs))
+
+
+def _sce(tensor: Tensor, guard: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """The sum of mean squares, the agreeing models' shares, and the result; both are guarded by ``guard``."""
     deltas = np.array(tensor.deltas, np.float64)
     share = tensor.parameters["select_topk"]
     if share < 1:
@@ -179,11 +184,13 @@ def _guarded_sce(tensor: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
         kept = int(np.count_nonzero(variance) * share)
         deltas = deltas * (variance >= (np.sort(variance, axis=None)[::-1][kept - 1] if kept else np.inf))
     squares = np.square(deltas).reshape(len(deltas), -1).mean(1)
-    shares = squares / squares.sum() if squares.sum() >= 1e-6 else np.full(len(deltas), 1 / len(deltas))
+    total = squares.sum()
+    shares = squares / total if total > guard else np.full(len(deltas), 1 / len(deltas))
     agree = np.sign(deltas) == np.where(deltas.sum(0) >= 0, 1, -1)
     shares = agree * shares.reshape(-1, *(1 for _ in deltas.shape[1:]))
     divisor = shares.sum(0)
-    return float(squares.sum()), divisor, tensor.inputs[0] + (deltas * shares).sum(0) / np.maximum(divisor, 1e-6)
+    merged = (deltas * shares).sum(0) / np.maximum(divisor, guard or 1e-300)
+    return float(total), divisor, tensor.inputs[0] + merged
 
 
 def _m9(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
@@ -213,18 +220,22 @@ def _m18(tensor: Tensor, ours: np.ndarray, theirs: np.ndarray) -> Mask | None:
     rows = tensor.parameters["filter_wise"] and base.ndim > 1
     shape = (-1, base.shape[-1]) if rows else (1, -1)
     deltas = [(x - base).reshape(shape) for x in tensor.inputs[1:]]
-    cosines, short = [], np.zeros(len(deltas[0]), bool)
+    plain, guarded, short = [], [], np.zeros(len(deltas[0]), bool)
     for i, one in enumerate(deltas):
         for other in deltas[:i]:
             lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-            cosines.append((one * other).sum(-1) / np.maximum(lengths, 1e-6))
+            dot = (one * other).sum(-1)
+            plain.append(dot / np.maximum(lengths, 1e-300))
+            guarded.append(dot / np.maximum(lengths, 1e-6))
             short |= lengths < 1e-6
-    cosine = np.mean(cosines, axis=0)
+    here, there = (_stock(base, deltas, np.mean(cosines, axis=0)) for cosines in (plain, guarded))
+    found: Mask = np.broadcast_to(short[:, None], base.reshape(shape).shape).reshape(base.shape)
+    return found & _told(tensor, ours, theirs, here, there)
+
+
+def _stock(base: np.ndarray, deltas: list[np.ndarray], cosine: np.ndarray) -> np.ndarray:
     t = len(deltas) * cosine / (1 + (len(deltas) - 1) * cosine)
-    told = base + (t[:, None] * np.mean(deltas, axis=0)).reshape(base.shape)
-    return np.broadcast_to(short[:, None], np.reshape(base, shape).shape).reshape(base.shape) & (
-        np.abs(told - theirs) <= tensor.rounding(theirs)
-    )
+    return base + (t[:, None] * np.mean(deltas, axis=0)).reshape(base.shape)
 
 
 NUMBERS = (_t1, _t3, _m4, _m9, _m18, _m19)

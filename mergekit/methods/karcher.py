@@ -10,6 +10,7 @@ from mergekit.methods.angles import cosines, lengths
 from mergekit.methods.spec import Integer, ParameterError, Real, Span, method, once
 
 _ANTIPODE = math.pi - 1e-3
+_LEAST_MEAN = 1e-6
 
 
 def _check(*, max_iter: int, tol: float) -> None:
@@ -27,7 +28,7 @@ def _check(*, max_iter: int, tol: float) -> None:
     url="https://doi.org/10.1002/cpa.3160300502",
     params=[
         once("max_iter", Integer(1), 10, help="the most steps"),
-        once("tol", Real(0.0), 1e-5, help="a step shorter than this (in radians) is the last one not taken"),
+        once("tol", Real(0.0), 1e-5, help="stop when a step would be shorter than this, in radians"),
     ],
     check=_check,
     laws=("equal", "symmetric"),
@@ -41,8 +42,9 @@ def karcher(gram: np.ndarray, *, max_iter: int, tol: float) -> np.ndarray:
     any other, and a single input is returned as it is.
 
     Inputs of length zero have no direction, but count in the mean length. One within 0.001 of the antipode of m pulls
-    in no direction, since every great circle leads there. If the directions cancel (|mean| < ``tol``), m starts at the
-    first of them. arcee mergekit ignores the direction of inputs shorter than ``tol``; here all lengths are alike.
+    in no direction, since every great circle leads there. If the directions cancel (their mean is shorter than 1e-6),
+    m starts at the first of them. arcee mergekit uses ``tol`` as that bound, and ignores the direction of inputs
+    shorter than it; here all lengths are alike.
 
     >>> karcher(np.eye(2), max_iter=10, tol=1e-5).round(4)
     array([0.7071, 0.7071])
@@ -66,7 +68,7 @@ def _mean(units: np.ndarray, max_iter: int, tol: float) -> np.ndarray:
     n = len(units)
     mean = np.full(n, 1.0 / n)
     size = _length(mean, units)
-    mean = mean / size if size >= tol else np.eye(n)[0]
+    mean = mean / size if size >= _LEAST_MEAN else np.eye(n)[0]
     for _ in range(max_iter):
         cosine = np.clip(units @ mean, -1.0, 1.0)
         theta = np.arccos(cosine)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mergekit.dtypes import F32
 from mergekit.planning.plan import Apply, Plan
 
 __all__ = ["STATS", "lost_to_rounding", "stats_text"]
@@ -102,11 +103,13 @@ def _short(value: float) -> float:
 
 def lost_to_rounding(plan: Plan, figures: Figures) -> Sequence[str]:
     """A warning if rounding to the nearest number ate more than a tenth of the change of some tensors."""
-    lost = {n: f["survival"] for n, f in figures.items() if f.get("survival", 1.0) < _LEAST_SURVIVAL}
+    short = {o.name: o.dtype.name for o in plan.outputs if o.dtype.size < F32.size}
+    survival = {n: f["survival"] for n, f in figures.items() if n in short and "survival" in f}
+    lost = {name: share for name, share in survival.items() if share < _LEAST_SURVIVAL}
     if not lost or plan.rounding != "nearest":
         return []
     worst = min(lost, key=lambda name: lost[name])
-    dtype = next(o.dtype.name for o in plan.outputs if o.name == worst)
+    dtype = short[worst]
     return [
         f"rounding to {dtype} ate more than a tenth of the change of {len(lost)} tensor(s) "
         f"({worst} keeps {lost[worst]:.0%}); 'rounding: stochastic' in the recipe keeps it on average, or use "
