@@ -81,10 +81,10 @@ def dot(a: np.ndarray, b: np.ndarray, count: int) -> np.float32:
 
 
 @reassociating_kernel
-def wide_dot(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> np.float64:
-    """The inner product of the float32 numbers ``start .. stop``, multiplied and summed in float64."""
+def wide_dot(a: np.ndarray, b: np.ndarray, count: int) -> np.float64:
+    """The inner product of ``count`` float32 numbers, multiplied and summed in float64."""
     total = np.float64(0)
-    for i in range(start, stop):
+    for i in range(count):
         total += np.float64(a[i]) * np.float64(b[i])
     return total
 
@@ -126,4 +126,4 @@ def gram(raw: np.ndarray, codes: np.ndarray, base: int, count: int, totals: np.n
         for a in range(n):
             for b in range(a, n):
                 if base not in (a, b):
-                    totals[a, b] += wide_dot(values[a], values[b], 0, size)
+                    totals[a, b] += wide_dot(values[a], values[b], size)

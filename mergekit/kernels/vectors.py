@@ -37,7 +37,7 @@ def row_grams(
             for a in range(n):
                 for b in range(a, n):
                     if base not in (a, b):
-                        totals[row - first, a, b] += wide_dot(values[a], values[b], head, end)
+                        totals[row - first, a, b] += wide_dot(values[a, head:end], values[b, head:end], end - head)
             head = end
 
 
@@ -111,14 +111,15 @@ def _spread(coefficients: np.ndarray, index: int, count: int, inner: int, factor
         vector = index % vectors
         while at < count:
             run = min(count - at, vectors - vector)
+            target, source = factor[at : at + run], coefficients[vector : vector + run]
             for i in range(run):
-                factor[at + i] = coefficients[vector + i]
+                target[i] = source[i]
             at, vector = at + run, 0
         return
     while at < count:
         vector = (index + at) // inner
         end = min(count, (vector + 1) * inner - index)
-        c = coefficients[vector]
-        for i in range(at, end):
-            factor[i] = c
+        c, target = coefficients[vector], factor[at:end]
+        for i in range(end - at):
+            target[i] = c
         at = end
