@@ -133,7 +133,14 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "random_seed", ("--random-seed",), None, "Seed of random methods (else the recipe's, else 0).", "Result", int
     ),
-    Option("method_file", ("--method-file",), (), "Python file that defines merge methods; it is run. May be repeated.", "Result", Path),
+    Option(
+        "method_file",
+        ("--method-file",),
+        (),
+        "Python file that defines merge methods; it is run. May be repeated.",
+        "Result",
+        Path,
+    ),
     _flag("allow_nonfinite", False, "Go on when a computed tensor holds NaN or infinity.", "Dangerous"),
     _flag("allow_crimes", False, "Merge models of different architectures.", "Dangerous"),
     _flag("unsafe_truncate_embeddings", False, "Cut embeddings even below the tokenizer's ids.", "Dangerous"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mergekit.execute.float_work import MergeWork
+from mergekit.execute.selection import locate
 from mergekit.execute.work import Job, split
 from mergekit.kernels.elementwise import CHUNK, TABLES
 from mergekit.methods import Elementwise, get_method
@@ -98,7 +99,7 @@ class ElementwiseWork(MergeWork):
                 if step == "coarse":
                     self._count_coarse(state, self._keys(x))
                 elif step == "fine":
-                    self._count_fine(index, self._keys(x))
+                    self.kernels.count_lower(self._keys(x), self._bin, self._fine[index])
                 else:
                     self._measure(state, self._selected(state, x))
 
@@ -127,34 +128,17 @@ class ElementwiseWork(MergeWork):
         assert self._form.key is not None
         return self._xp.asarray(self._form.key(self._xp, x, **self.parameters), dtype=self._xp.float32)
 
-    def _bits(self, key: Any) -> Any:
-        """The bits of keys: for floats that are not negative, their order is that of the numbers."""
-        return key.view(self._xp.int32) & _MAGNITUDE
-
     def _count_coarse(self, state: _Range, key: Any) -> None:
-        self.kernels.count_upper(key, state.coarse)
-        nonzero = int(self._xp.count_nonzero(key != 0))
+        nonzero = self.kernels.count_upper(key, state.coarse)
         with self._lock:
             self._nonzero += nonzero
-
-    def _count_fine(self, index: int, key: Any) -> None:
-        """Count the lower 16 bits of the keys in the bin of the k-th; they are few."""
-        bits = self._bits(key)
-        hits = bits[(bits >> 16) == self._bin] & 0xFFFF
-        np.add.at(self._fine[index], self.kernels.on_host(hits), 1)
 
     def _selected(self, state: _Range, x: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arrays with zeros where the key is not among the largest; of ties, the first are."""
         if self._threshold is None:
             return x
-        bits = self._bits(self._keys(x))
-        is_kept, is_tie = bits >= self._threshold, bits == self._threshold
-        ties = int(self._xp.count_nonzero(is_tie))
-        if ties > state.ties:
-            is_kept = is_kept & (~is_tie | (self._xp.cumsum(is_tie, 0) <= state.ties))
-        state.ties = max(state.ties - ties, 0)
-        mask = self._xp.asarray(is_kept, dtype=self._xp.float32)
-        return tuple(values * mask for values in x)
+        x, state.ties = self.kernels.keep_largest(x, self._keys(x), self._threshold, state.ties)
+        return x
 
     def _measure(self, state: _Range, x: tuple[Any, ...]) -> None:
         assert self._form.measure is not None
@@ -185,7 +169,7 @@ class ElementwiseWork(MergeWork):
         """Where the k-th key falls; if all elements are selected, or none, nothing more is to be counted."""
         count = self._keep(self._nonzero)
         if count is not None and 0 < count < self.size:
-            self._bin, self._rank = _locate(self._coarse, count)
+            self._bin, self._rank = locate(self._coarse, count)
             self._fine = [np.zeros(_FINE_BINS, np.uint32) for _ in self.ranges]
             return
         self._threshold = None if count is None or count >= self.size else _MAGNITUDE
@@ -197,16 +181,9 @@ class ElementwiseWork(MergeWork):
         total = np.zeros(_FINE_BINS, np.int64)
         for counts in self._fine:
             total += counts
-        low, left = _locate(total, self._rank)
+        low, left = locate(total, self._rank)
         self._threshold = self._bin << 16 | low
         for index, counts in enumerate(self._fine):
             self._quota[index] = min(left, int(counts[low]))
             left -= self._quota[index]
         self._fine = []
-
-
-def _locate(histogram: np.ndarray, count: int) -> tuple[int, int]:
-    """The bin in which the ``count``-th largest entry falls, and its rank inside that bin."""
-    above = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(above, count))
-    return len(histogram) - 1 - place, count - int(above[place] - histogram[::-1][place])

@@ -12,6 +12,7 @@ import numpy as np
 from mergekit.dtypes import F32
 from mergekit.execute import work
 from mergekit.execute.float_work import MergeWork
+from mergekit.execute.selection import locate
 from mergekit.execute.work import BLOCK_BYTES, Job, split
 from mergekit.methods import (
     GroupTop,
@@ -277,7 +278,7 @@ class SparseWork(MergeWork):
             assert self._coarse is not None
             for edge, wanted in ((_LOW, self._is_top), (_HIGH, self._is_band)):
                 for m in np.flatnonzero(wanted):
-                    place = _locate(self._coarse[m], int(self._counts[edge, m]))
+                    place = locate(self._coarse[m], int(self._counts[edge, m]))
                     self._bins[edge, m], self._counts[edge, m] = place
             self._coarse = None
         elif step == "fine":
@@ -301,19 +302,12 @@ class SparseWork(MergeWork):
             total = np.zeros(self.kernels.FINE_BINS, np.int64)
             for histogram in fine:
                 total += histogram[edge, m]
-            low, left = _locate(total, int(self._counts[edge, m]))
+            low, left = locate(total, int(self._counts[edge, m]))
             self._thresholds[edge, m] = (int(self._bins[edge, m]) << 16) | low
             for index, histogram in enumerate(fine):
                 share = min(left, int(histogram[edge, m, low]))
                 self._quota[index, edge, m] = share
                 left -= share
-
-
-def _locate(histogram: np.ndarray, count: int) -> tuple[int, int]:
-    """The bin in which the ``count``-th largest entry falls, and its rank inside that bin."""
-    above = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(above, count))
-    return len(histogram) - 1 - place, count - int(above[place] - histogram[::-1][place])
 
 
 def _mask_bytes(merge: SparseMerge, size: int) -> int:

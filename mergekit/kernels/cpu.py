@@ -2,7 +2,7 @@
 
 from mergekit.kernels.checksum import checksum
 from mergekit.kernels.codec import CODES, all_finite
-from mergekit.kernels.elementwise import CHUNK, arrays, count_upper, load_chunk, on_host
+from mergekit.kernels.elementwise import CHUNK, arrays, count_lower, count_upper, keep_largest, load_chunk, on_host
 from mergekit.kernels.groups import group_gains
 from mergekit.kernels.ranks import rank_gains
 from mergekit.kernels.rounding import count_nonfinite, round_stochastically, store
@@ -46,11 +46,13 @@ __all__ = [
     "checksum",
     "coarse_histogram",
     "column_grams",
+    "count_lower",
     "count_nonfinite",
     "count_upper",
     "fine_histogram",
     "gram",
     "group_gains",
+    "keep_largest",
     "kept_norms",
     "load_chunk",
     "on_host",

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergekit.kernels.codec import BLOCK, as_bits, decode
 from mergekit.kernels.jit import kernel
+from mergekit.kernels.sparse import count_low_bits
 
 CHUNK = 1 << 15
 """Elements of a chunk: its arrays stay in the cache, and calls cost little beside the work."""
@@ -35,9 +36,31 @@ def load_chunk(
     return tuple(scratch[m, :count] for m in range(len(codes)))
 
 
-def count_upper(keys: np.ndarray, totals: np.ndarray) -> None:
-    """Count float32 ``keys`` by the 15 bits after the sign, into ``totals`` (int64 [4, 32768], to be added up)."""
-    _count_upper(keys, totals)
+def count_upper(keys: np.ndarray, totals: np.ndarray) -> int:
+    """Count float32 ``keys`` by the 15 bits after the sign, into ``totals`` (int64 [4, 32768], to be added up).
+
+    Returns how many of them are not zero.
+    """
+    return int(_count_upper(keys, totals))
+
+
+def count_lower(keys: np.ndarray, upper: int, totals: np.ndarray) -> None:
+    """Count the lower 16 bits of the float32 ``keys`` whose 15 bits before are ``upper``, into uint32 [65536]."""
+    _count_lower(keys, upper, totals)
+
+
+def keep_largest(
+    x: tuple[np.ndarray, ...], keys: np.ndarray, threshold: int, left: int
+) -> tuple[tuple[np.ndarray, ...], int]:
+    """``x`` with zeros where the bits of ``keys`` are below ``threshold``; of ties only the first ``left`` stay.
+
+    Returns how many ties are left for the chunks after. The arrays of ``load_chunk`` are changed in place.
+    """
+    kept = np.empty(len(keys), np.float32)
+    left = int(_keep_largest(keys, np.uint32(threshold), left, kept))
+    for values in x:
+        values *= kept
+    return x, left
 
 
 def on_host(values: np.ndarray) -> np.ndarray:
@@ -64,10 +87,11 @@ def _decode_chunk(raw: np.ndarray, codes: np.ndarray, base: int, start: int, cou
 
 
 @kernel
-def _count_upper(keys: np.ndarray, totals: np.ndarray) -> None:
-    count = len(keys)
+def _count_upper(keys: np.ndarray, totals: np.ndarray) -> int:
+    count, nonzero = len(keys), 0
     bins = np.empty(count, np.uint16)
     for i in range(count):
+        nonzero += keys[i] != np.float32(0)
         bins[i] = np.uint16(np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
     t0, t1, t2, t3 = totals[0], totals[1], totals[2], totals[3]
     whole = count // TABLES * TABLES
@@ -78,3 +102,30 @@ def _count_upper(keys: np.ndarray, totals: np.ndarray) -> None:
         t3[np.uint64(bins[i + 3])] += 1
     for i in range(whole, count):
         t0[np.uint64(bins[i])] += 1
+    return nonzero
+
+
+@kernel
+def _count_lower(keys: np.ndarray, upper: int, totals: np.ndarray) -> None:
+    bits = np.empty(len(keys), np.uint32)
+    for i in range(len(keys)):
+        bits[i] = as_bits(keys[i]) & np.uint32(0x7FFFFFFF)
+    count_low_bits(bits, len(keys), np.uint32(upper), totals)
+
+
+@kernel
+def _keep_largest(keys: np.ndarray, threshold: np.uint32, left: int, kept: np.ndarray) -> int:
+    ties = np.uint32(0)
+    for i in range(len(keys)):
+        bits = np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF))
+        ties = np.uint32(ties + (np.uint32(1) if bits == threshold else np.uint32(0)))
+        kept[i] = np.float32(1) if bits >= threshold else np.float32(0)
+    if np.int64(ties) <= left:
+        return int(left - np.int64(ties))
+    for i in range(len(keys)):
+        if np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF)) == threshold:
+            if left > 0:
+                left -= 1
+            else:
+                kept[i] = np.float32(0)
+    return 0

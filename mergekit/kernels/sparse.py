@@ -66,7 +66,7 @@ def coarse_histogram(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.n
 
 
 @kernel
-def _count_low_bits(keys: np.ndarray, size: int, wanted_bin: np.uint32, row: np.ndarray) -> None:
+def count_low_bits(keys: np.ndarray, size: int, wanted_bin: np.uint32, row: np.ndarray) -> None:
     """Count the lower 16 bits of the keys in one bin. Hits are rare: most runs of keys are passed over at once."""
     for start in range(0, size, _RUN):
         run = keys[start : min(start + _RUN, size)]
@@ -95,7 +95,7 @@ def fine_histogram(raw: np.ndarray, codes: np.ndarray, base: int, wanted: np.nda
             _deltas(raw, codes, base, m, start, origin, delta, size)
             for i in range(size):
                 keys[i] = as_bits(delta[i]) & np.uint32(_MAGNITUDE)
-            _count_low_bits(keys, size, np.uint32(bins[m]), totals[m])
+            count_low_bits(keys, size, np.uint32(bins[m]), totals[m])
 
 
 @kernel

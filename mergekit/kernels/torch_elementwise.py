@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergekit.kernels import elementwise
 from mergekit.kernels.codec import CODES
-from mergekit.kernels.sparse import COARSE_BINS
+from mergekit.kernels.sparse import COARSE_BINS, FINE_BINS
 from mergekit.kernels.torch_blocks import TorchBlocks, on_device
 
 __all__ = ["ElementwiseKernels"]
@@ -44,12 +44,37 @@ class ElementwiseKernels(TorchBlocks):
         return tuple(value if m == base else value - values[base] for m, value in enumerate(values))
 
     @on_device
-    def count_upper(self, keys: Tensor, totals: np.ndarray) -> None:
+    def count_upper(self, keys: Tensor, totals: np.ndarray) -> int:
         """See ``elementwise.count_upper``."""
-        bins = (keys.view(torch.int32) & 0x7FFFFFFF) >> 16
-        totals[0] += torch.bincount(bins, minlength=COARSE_BINS).cpu().numpy()
+        totals[0] += torch.bincount(_bits(keys) >> 16, minlength=COARSE_BINS).cpu().numpy()
+        return int(torch.count_nonzero(keys))
+
+    @on_device
+    def count_lower(self, keys: Tensor, upper: int, totals: np.ndarray) -> None:
+        """See ``elementwise.count_lower``."""
+        bits = _bits(keys)
+        hits = bits[(bits >> 16) == upper] & 0xFFFF
+        totals += torch.bincount(hits, minlength=FINE_BINS).cpu().numpy().astype(totals.dtype)
+
+    @on_device
+    def keep_largest(
+        self, x: tuple[Tensor, ...], keys: Tensor, threshold: int, left: int
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """See ``elementwise.keep_largest``; the arrays stay as they are."""
+        bits = _bits(keys)
+        is_kept, is_tie = bits >= threshold, bits == threshold
+        ties = int(torch.count_nonzero(is_tie))
+        if ties > left:
+            is_kept = is_kept & (~is_tie | (torch.cumsum(is_tie, 0) <= left))
+        kept = is_kept.to(torch.float32)
+        return tuple(values * kept for values in x), max(left - ties, 0)
 
     @on_device
     def on_host(self, values: Tensor) -> np.ndarray:
         """See ``elementwise.on_host``."""
         return np.asarray(values.cpu().numpy())
+
+
+def _bits(keys: Tensor) -> Tensor:
+    """The bits of keys: for floats that are not negative, their order is that of the numbers."""
+    return keys.view(torch.int32) & 0x7FFFFFFF

@@ -50,6 +50,8 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
         elif form == "elementwise":
             cpu.load_chunk(rows, codes, 0, 0, count, np.empty((2, cpu.CHUNK), np.float32))
             cpu.count_upper(values, np.zeros((4, cpu.COARSE_BINS), np.int64))
+            cpu.count_lower(values, 0, np.zeros(cpu.FINE_BINS, np.uint32))
+            cpu.keep_largest((values,), values, 0, 0)
         elif form == "adapters":
             values, scales = np.zeros(128, np.float32), np.ones(2, np.float32)
             lora.add_product(values, 0, 64, np.zeros((2, 1), np.float32), np.zeros((1, 64), np.float32), ones[0])

@@ -13,12 +13,13 @@ _TINY = 1e-30
 
 
 def _variance(xp: Any, x: tuple[Any, ...], *, select_topk: float) -> Any:
-    """The population variance over the models, times their number: the order is what matters.
+    """The variance over the models but for a factor: the order is what matters.
 
     Measured from the first model, so that models which agree have a variance of exactly zero.
     """
-    if len(x) == 1:
-        return x[0] - x[0]
+    if len(x) <= 2:
+        difference = x[-1] - x[0]
+        return difference * difference
     parts = [delta - x[0] for delta in x[1:]]
     mean = sum(parts[1:], parts[0]) * (1.0 / len(x))
     squares = mean * mean

@@ -130,7 +130,8 @@ def _check_parameter(
             warnings.append((place, text))
         else:
             known = [p.name for p in (*recipe.method.params, *recipe.method.options)]
-            raise RecipeError(f"'{recipe.method.name}' has no parameter '{name}'. {nearest(name, known)}", place=place)
+            hint = nearest(name, known) if known else "It has none."
+            raise RecipeError(f"'{recipe.method.name}' has no parameter '{name}'. {hint}", place=place)
         return
     if not parameter.used:
         notes.append((place, f"'{name}' {parameter.help}"))
