@@ -16,7 +16,18 @@ from command import assert_refused
 from command import mergekit as command
 from mergekit.errors import MergekitError, ResumeError, UsageError
 from mergekit.merge_methods.easy_define import merge_method
-from mergekit.methods import Elementwise, Span, Sparse, SparseMerge, Whole, get_method, method, registry
+from mergekit.methods import (
+    Elementwise,
+    Span,
+    Sparse,
+    SparseMerge,
+    TopMagnitude,
+    Whole,
+    get_method,
+    load_method_file,
+    method,
+    registry,
+)
 from mergekit.methods.describe import default, form, inputs, owners
 from mergekit.methods.spec import REGISTRY
 from models import family, read_model
@@ -286,6 +297,10 @@ def declared(form: object, function: object, **more: object) -> None:
     method("faulty", form=form, base="required", params=[], **more)(function)
 
 
+def _exits(*_, **__):
+    raise SystemExit(0)
+
+
 def _raises(*args: object) -> object:
     raise LookupError("on\npurpose")
 
@@ -301,14 +316,14 @@ WRONG = {
         lambda: SparseMerge((), (), False, False, "none", 1.0),
         "of 2 rules and weights, not one of 0 rules and 0 weights",
     ),
-    "chunk shape": (Elementwise(), lambda xp, x: x[0][1:], "an array of shape"),
+    "chunk shape": (Elementwise(), lambda xp, x: x[0][1:], "an array of real numbers of shape"),
     "chunk number": (Elementwise(), lambda xp, x: 0.0, "not float"),
     "measure": (Elementwise(measure=lambda xp, x: 1.0), lambda xp, x, s: x[0], "its 'measure' must return an array"),
     "measure raises": (Elementwise(measure=_raises), lambda xp, x, s: x[0], "its 'measure' failed: LookupError"),
     "key": (
         Elementwise(key=lambda xp, x: None, keep=lambda nonzero, size: 1),
         lambda xp, x: x[0],
-        "its 'key' must return an array of shape",
+        "its 'key' must return an array of real numbers of shape",
     ),
     "keep": (
         Elementwise(key=lambda xp, x: abs(x[0]), keep=lambda nonzero, size: "all"),
@@ -319,6 +334,18 @@ WRONG = {
     "whole type": (Whole(), lambda x: x[0] > 0, "a tensor of numbers"),
     "whole array": (Whole(), lambda x: x[0].numpy(), "a tensor of numbers of shape [5], not ndarray of shape [5]"),
     "whole raises": (Whole(), _raises, "LookupError: on purpose"),
+    "whole exits": (Whole(), _exits, "its function failed: SystemExit: 0"),
+    "whole empties": (Whole(), lambda x: x.pop() if not x.clear() else None, "its function failed: IndexError"),
+    "whole meta": (Whole(), lambda x: x[0].to("meta"), "a tensor of numbers"),
+    "whole time": (Whole(seconds=_raises), lambda x: x[0], "its 'seconds' failed: LookupError"),
+    "vectors": (Span("deltas", vectors=lambda: "diagonal"), lambda g: [1.0, 1.0], "one of tensor, rows, columns"),
+    "chunk complex": (Elementwise(), lambda xp, x: x[0] * 1j, "an array of real numbers"),
+    "measure text": (Elementwise(measure=lambda xp, x: np.array(["a"])), lambda xp, x, s: x[0], "an array of sums"),
+    "sparse rule": (
+        Sparse(),
+        lambda: SparseMerge((TopMagnitude(float("nan")),) * 2, (1.0, 1.0), False, False, "none", 1.0),
+        "a SparseMerge of known rules, finite numbers",
+    ),
 }
 
 
@@ -329,9 +356,33 @@ def test_faults_of_a_methods_code_are_one_line(tmp_path, wrong):
     folders = family(tmp_path, 3, shapes={"norm": (5,)})
     written = recipe(tmp_path, "faulty", folders[1:], base_model=folders[0])
     result = command("merge", written, tmp_path / "out")
-    assert_refused(result, 2, "method 'faulty' on tensor norm: ", phrase)
+    assert_refused(result, 2, "method 'faulty' on tensor ", phrase)
+    if wrong == "whole time":  # nobody waits for a merge in memory
+        return
     with pytest.raises(UsageError, match="method 'faulty'"):
         mergekit.merge_tensors([np.zeros(5, np.float32)] * 3, "faulty", base_index=0)
+
+
+CONTRADICTIONS = {
+    "space": ("form=Span('nothing'), params=[]", "'nothing' is not a space"),
+    "key": ("form=Elementwise(key=abs), params=[]", "'key' and 'keep' go together"),
+    "workspace": ("form=Whole(workspace='big'), params=[]", "'workspace' is a number, not 'big'"),
+    "option": ("form=Whole(), params=[once('svc', Real(), 1.0, help='')]", "the name of parameter 'svc' is taken"),
+    "default": ("form=Whole(), params=[once('a', Real(0, 1), 7.0, help='')]", "the default of 'a': 7 is outside"),
+}
+
+
+@pytest.mark.parametrize("wrong", CONTRADICTIONS)
+def test_declarations_that_contradict_themselves_are_refused(tmp_path, wrong):
+    declaration, phrase = CONTRADICTIONS[wrong]
+    names = "Elementwise, Real, Span, Whole, method, once"
+    text = (
+        f"from mergekit.methods import {names}\n@method('odd', base='required', {declaration})\ndef odd(*a, **k): ..."
+    )
+    (tmp_path / "odd.py").write_text(text)
+    with pytest.raises(UsageError, match=phrase):
+        load_method_file(tmp_path / "odd.py")
+    assert "odd" not in REGISTRY
 
 
 def test_built_in_methods_are_not_wrapped():

@@ -389,6 +389,21 @@ def test_the_value_does_not_depend_on_gradients():
         assert torch.allclose(got, want, atol=1e-6), name
 
 
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "breadcrumbs", "della", "cabs", "tsv_m", "star"])
+def test_gradients_through_calibrated_merges(name):
+    torch.manual_seed(0)
+    base = torch.randn(16, 16)
+    models = [base + 0.1 * torch.randn(16, 16) for _ in range(3)]
+    values = {"svc": 0.5, **({"weight": 1.0} if get_method(name).parameter("weight") else {})}
+    values.update({"density": 0.5} if get_method(name).parameter("density") else {})
+    plain = mergekit.merge_tensors([base, *models], name, values, base_index=0)
+    models = [m.requires_grad_() for m in models]
+    merged = mergekit.merge_tensors([base, *models], name, values, base_index=0)
+    assert (merged - plain).abs().max() < 1e-5
+    merged.square().sum().backward()
+    assert all(torch.isfinite(m.grad).all() for m in models)
+
+
 def test_gradients_of_state_dicts():
     models = modules()
     leaves = [dict(m.named_parameters()) for m in models]

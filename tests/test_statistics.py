@@ -194,3 +194,32 @@ def test_the_summary_takes_all_tensors_as_one(tmp_path):
     assert list(summary["deltas"]) == [f.name for f in folders[1:]]
     assert summary["cosines"] == {"m1, m2": pytest.approx(cosine(*deltas), rel=1e-3)}
     assert summary["change"] == pytest.approx(np.linalg.norm(0.5 * sum(deltas)), rel=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_that_goes_on_with_other_ideas_of_statistics(tmp_path, monkeypatch, first):
+    from mergekit.output.staging import Staging
+
+    folders = family(tmp_path, 3, BF16, {f"layers.{i}.w": (40, 30) for i in range(6)})
+    models = [{"model": str(f)} for f in folders[1:]]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(folders[0]), "models": models,
+              "parameters": {"weight": 0.5}}  # fmt: skip
+    finish, seen = Staging.finish, []
+
+    def stop(self, output, *rest):
+        finish(self, output, *rest)
+        seen.append(output.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            mergekit.run_merge(recipe, tmp_path / "out", threads=1, statistics=first)
+    mergekit.run_merge(recipe, tmp_path / "out", statistics=not first)
+    path = tmp_path / "out" / "merge_stats.json"
+    assert path.exists() != first
+    if not first:
+        stats = json.loads(path.read_text())
+        assert (stats["copied"], stats["unknown"]) == (0, seen)
+        assert stats["summary"]["tensors"] == 3

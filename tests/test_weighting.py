@@ -111,3 +111,14 @@ def test_unknown_weightings_and_methods_without_weights_are_told(tmp_path):
         mergekit.plan(recipe(folders, "metagtp"))
     plan = mergekit.plan({**recipe(folders, "nan", "slerp"), "parameters": {"t": 0.5, "weighting": "nan"}})
     assert any("'slerp' has no parameter 'weighting'" in warning for warning in plan.warnings)
+
+
+def test_lengths_of_nothing_finite_are_refused(tmp_path):
+    from mergekit.errors import NonFiniteError
+    from models import write_model
+
+    folders = family(tmp_path, 2, F32, SHAPES)
+    bad = {n: np.float32(x) for n, x in read_model(folders[1]).items()}
+    bad["layers.1.w"][3, 4] = np.inf
+    with pytest.raises(NonFiniteError, match=r"tensor layers\.1\.w of some model holds NaN or infinity"):
+        mergekit.run_merge(recipe([folders[0], write_model(tmp_path / "bad", bad)], "metagpt"), tmp_path / "out")

@@ -179,9 +179,10 @@ def _shares_kept(
         lone = replace(merge, weight=weight, consensus=False, normalize=False, rescale=rescale, factor=1.0)
         asked: Any = replace(method, function=lambda lone=lone, **parameters: lone)
         made, data = empty(probe, F32)
-        output = OutputTensor(name, tuple(probe.shape), F32, "", 0, data.size, replace(apply, method=asked))
+        plain = replace(apply, method=asked, scale=1.0, svc=None)
+        output = OutputTensor(name, tuple(probe.shape), F32, "", 0, data.size, plain)
         readers = tuple(map(ArrayReader, (torch.zeros_like(probe), *probes)))
-        work = merge_work(replace(apply, method=asked), Job(output, readers, cpu, ArraySink(data), seed=seed))
+        work = merge_work(plain, Job(output, readers, cpu, ArraySink(data), seed=seed))
         run_works(iter([work]), threads=1)
         found.append((made.to(probe.device) / probe).to(delta.dtype))
     return found

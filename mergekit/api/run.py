@@ -65,7 +65,7 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         )
         _check_inputs(plan)
         more = hooks.measure(staging.folder) if hooks.measure else []
-        if staging.figures:
+        if plan.statistics and staging.figures:
             more = [(STATS, stats_text(plan, staging.figures)), *more]
         staging.publish([*more, *_documents(plan, folder, options, hooks)])
         return [*lost_to_rounding(plan, staging.figures), *staging.notes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mergekit.execute.adapted import held_bytes
 from mergekit.execute.merge_work import work_class
+from mergekit.execute.norms import is_weighted
 from mergekit.execute.work import BLOCK_BYTES
 from mergekit.planning.plan import Apply, Bake, Dequantize4, Leaf, OutputTensor, Plan, Quantize4, Read, inputs_of
 
@@ -13,8 +14,9 @@ __all__ = ["buffer_bytes", "forms"]
 def buffer_bytes(plan: Plan, threads: int) -> int:
     """An upper bound on the bytes that ``threads`` workers hold at once: blocks, histograms, whole tensors."""
     most = max((_held(output, threads) for output in plan.outputs), default=0)
-    # One tensor is computed while the next one is opened.
-    return threads * 2 * BLOCK_BYTES + 2 * most
+    # One tensor is computed while the next one is opened. Lengths of models are taken tensor by tensor, before.
+    blocks = 2 + 2 * is_weighted(plan)
+    return threads * blocks * BLOCK_BYTES + 2 * most
 
 
 def _held(output: OutputTensor, threads: int) -> int:

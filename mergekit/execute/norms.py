@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mergekit.errors import NonFiniteError
 from mergekit.execute.inputs import Inputs
 from mergekit.execute.work import ALIGNMENT, BLOCK_BYTES
 from mergekit.planning.plan import Apply, OutputTensor, Plan
@@ -34,6 +35,11 @@ def model_factors(plan: Plan, kernels: Any, threads: int) -> dict[str, dict[int,
         # In order of the tensors: sums of floats depend on it.
         for output, sums in zip(outputs, pool.map(lambda o: _squares(o, inputs, kernels), outputs), strict=True):
             assert isinstance(output.expression, Apply)
+            if not np.isfinite(sums).all():
+                raise NonFiniteError(
+                    f"tensor {output.name} of some model holds NaN or infinity, so '{output.expression.weighting}' has "
+                    f"no lengths to make weights from; mend the model, or give weights"
+                )
             for model, pair in zip(output.expression.models[1:], sums, strict=True):
                 squares[model] = squares.get(model, np.zeros(2)) + pair
     weights, deltas = ({model: float(pair[i]) for model, pair in squares.items()} for i in (0, 1))

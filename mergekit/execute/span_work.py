@@ -12,6 +12,7 @@ from mergekit.execute.float_work import MergeWork
 from mergekit.execute.statistics import lengths_and_cosines
 from mergekit.execute.work import Job, split
 from mergekit.methods import Span, get_method
+from mergekit.methods.guard import guarded
 from mergekit.methods.spec import Vectors
 from mergekit.planning.plan import Apply
 
@@ -159,6 +160,6 @@ def _vectors(apply: Apply, shape: tuple[int, ...]) -> tuple[Vectors, int, int]:
 
 def _kind(apply: Apply) -> Vectors:
     """What the method takes for one vector, in tensors of several axes."""
-    form = get_method(apply.method).form
+    form = guarded(get_method(apply.method), "of several axes", len(apply.inputs)).form
     assert isinstance(form, Span)
     return form.vectors(**dict(apply.parameters)) if form.vectors else "tensor"

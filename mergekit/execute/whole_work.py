@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,7 @@ from mergekit.execute.float_work import MergeWork
 from mergekit.execute.inputs import read_floats
 from mergekit.execute.work import Job
 from mergekit.methods import Whole, get_method
+from mergekit.methods.guard import guarded
 from mergekit.methods.svc import WORKSPACE, svc, svc_seconds
 from mergekit.planning.plan import Apply, OutputTensor, Plan
 
@@ -28,6 +30,7 @@ __all__ = ["CalibratedWork", "WholeWork", "estimated_seconds"]
 
 _ONE_AT_A_TIME = threading.Lock()
 """torch computes on all processors by itself, and what a whole tensor needs is held once."""
+_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 _THREADS = 4
 """Threads that read the inputs and merge beforehand. No result depends on it."""
 
@@ -38,8 +41,9 @@ def estimated_seconds(plan: Plan) -> float:
 
 
 def _seconds(apply: Apply, shape: tuple[int, ...]) -> float:
-    form = get_method(apply.method).form
-    count = len(apply.inputs) - (apply.has_base and form.space == "deltas")
+    method = get_method(apply.method)
+    count = len(apply.inputs) - (apply.has_base and method.form.space == "deltas")
+    form = guarded(method, f"of shape {list(shape)}", count).form
     own = form.seconds(shape, count, **dict(apply.parameters)) if isinstance(form, Whole) and form.seconds else 0.0
     return own + (svc_seconds(shape, count) if apply.svc is not None else 0.0)
 
@@ -99,7 +103,7 @@ class WholeWork(MergeWork):
                 result = self.solve([t.to(device) for t in x])
                 return result.to("cpu", torch.float32).contiguous().reshape(-1).numpy()
         except (RuntimeError, MemoryError) as error:  # each kind of device has its own class of it
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+            if not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
                 raise
             raise RunError(
                 f"tensor {self.output.name} is too large for '{self.apply.method}' in the memory that there is"

@@ -16,8 +16,8 @@ from mergekit.methods.spec import Integer, Real, Sparse, each, method, once
     url="https://arxiv.org/abs/2503.01874",
     params=[
         each("weight", Real(), help="coefficient of the model's task vector (the paper's lambda)"),
-        each("n", Integer(0), 64, help="entries to keep in each group"),
-        once("m", Integer(1), 256, help="entries of a group"),
+        each("n", Integer(0, 1 << 20), 64, help="entries to keep in each group"),
+        once("m", Integer(1, 1 << 20), 256, help="entries of a group"),
         once("lambda", Real(), 1.0, help="factor on the merged task vector before the base is added"),
     ],
     laws=("equal", "zero", "deltas"),

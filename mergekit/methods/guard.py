@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from mergekit.errors import MergekitError, UsageError
-from mergekit.methods.rules import SparseMerge
-from mergekit.methods.spec import Elementwise, Method, ParameterError, Span, Sparse
+from mergekit.methods.rules import KeepRule, SparseMerge
+from mergekit.methods.spec import Elementwise, Method, ParameterError, Span, Sparse, Vectors
 
 __all__ = ["guarded", "is_built_in", "rehearse"]
 
@@ -33,21 +33,28 @@ def guarded(method: Method, tensor: str, count: int) -> Method:
 
     def hold(function: Callable[..., Any], what: str, expected: Callable[..., str | None]) -> Callable[..., Any]:
         def call(*args: Any, **parameters: Any) -> Any:
+            # What it does to its arguments must not change what is expected of it.
+            kept = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)
             try:
                 result = function(*args, **parameters)
+                wanted = expected(result, kept)
             except (ParameterError, MergekitError, MemoryError):
                 raise
-            except Exception as error:
-                text = " ".join(str(error).split())
-                raise UsageError(f"{place}: {what} failed: {type(error).__name__}: {text}") from error
-            if (wanted := expected(result, args)) is not None:
+            except (Exception, SystemExit) as error:
+                raise UsageError(f"{place}: {what} failed: {_said(error)}") from error
+            if wanted is not None:
                 raise UsageError(f"{place}: {what} must return {wanted}, not {_told(result)}")
             return result
 
         return call
 
+    if method.check:
+        method = replace(method, check=hold(method.check, "its 'check'", lambda r, a: None))
     if isinstance(form, Span):
-        return replace(method, function=hold(method.function, "its function", lambda r, a: _span(r, a, count)))
+        if form.vectors:
+            form = replace(form, vectors=hold(form.vectors, "its 'vectors'", _vectors))
+        function = hold(method.function, "its function", lambda r, a: _span(r, a, count))
+        return replace(method, function=function, form=form)
     if isinstance(form, Sparse):
         return replace(method, function=hold(method.function, "its function", lambda r, a: _sparse(r, count)))
     if isinstance(form, Elementwise):
@@ -58,7 +65,9 @@ def guarded(method: Method, tensor: str, count: int) -> Method:
             keep=form.keep and hold(form.keep, "its 'keep'", _number),
         )
         return replace(method, function=hold(method.function, "its function", _chunk), form=form)
-    return replace(method, function=hold(method.function, "its function", _whole))
+    if form.seconds:
+        form = replace(form, seconds=hold(form.seconds, "its 'seconds'", _real))
+    return replace(method, function=hold(method.function, "its function", _whole), form=form)
 
 
 def rehearse(method: Method, parameters: Mapping[str, Any]) -> int | None:
@@ -90,28 +99,60 @@ def _span(result: Any, args: tuple[Any, ...], count: int) -> str | None:
     return None if found == shape else f"coefficients of shape {list(shape)}"
 
 
+def _vectors(result: Any, args: tuple[Any, ...]) -> str | None:
+    return None if result in get_args(Vectors) else f"one of {', '.join(get_args(Vectors))}"
+
+
 def _sparse(result: Any, count: int) -> str | None:
     fits = isinstance(result, SparseMerge) and len(result.keep) == len(result.weight) == count
-    return None if fits else f"a SparseMerge of {count} rules and weights"
+    if not fits:
+        return f"a SparseMerge of {count} rules and weights"
+    numbers = [*result.weight, result.factor]
+    numbers += [getattr(keep, "density", 0.0) for keep in result.keep]
+    finite = all(isinstance(x, (int, float, np.number)) and np.isfinite(x) for x in numbers)
+    known = all(isinstance(keep, get_args(KeepRule)) for keep in result.keep)
+    fits = finite and known and result.rescale in ("none", "l1", "density")
+    return None if fits else "a SparseMerge of known rules, finite numbers and a known rescaling"
 
 
 def _chunk(result: Any, args: tuple[Any, ...]) -> str | None:
     shape = tuple(args[1][0].shape)
-    return None if tuple(getattr(result, "shape", ())) == shape else f"an array of shape {list(shape)}"
+    fits = tuple(getattr(result, "shape", ())) == shape and not _is_odd(result)
+    return None if fits else f"an array of real numbers of shape {list(shape)}"
 
 
 def _whole(result: Any, args: tuple[Any, ...]) -> str | None:
     like = args[0][0]
     fits = isinstance(result, type(like)) and result.shape == like.shape and result.is_floating_point()
+    fits = fits and result.device == like.device and result.layout == like.layout
     return None if fits else f"a tensor of numbers of shape {list(like.shape)}"
 
 
 def _sums(result: Any, args: tuple[Any, ...]) -> str | None:
-    return None if len(getattr(result, "shape", ())) == 1 else "an array of sums"
+    return None if len(getattr(result, "shape", ())) == 1 and not _is_odd(result) else "an array of sums"
+
+
+def _real(result: Any, args: tuple[Any, ...]) -> str | None:
+    return None if isinstance(result, (int, float)) else "a number"
 
 
 def _number(result: Any, args: tuple[Any, ...]) -> str | None:
     return None if result is None or isinstance(result, (int, np.integer)) else "a number of elements, or None"
+
+
+def _is_odd(values: Any) -> bool:
+    """Whether the elements of an array of numpy or torch are no real numbers."""
+    kind = str(getattr(values, "dtype", "object"))
+    return not any(word in kind for word in ("float", "int")) or "complex" in kind
+
+
+def _said(error: BaseException) -> str:
+    """What an exception says, in one line, even if it can't speak."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _told(value: Any) -> str:

@@ -23,6 +23,7 @@ def _seconds(shape: tuple[int, ...], count: int, **parameters: object) -> float:
     models=(1, None),
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
     url="https://arxiv.org/abs/2502.04959",
+    without=("svc",),  # all its singular values are equal, so its directions are arbitrary
     laws=("equal", "symmetric", "deltas"),
     params=[
         once("lambda", Real(), 1.0, help="factor on the merged task vector (alpha in the paper)"),
@@ -58,7 +59,7 @@ def _merge(x: list[Tensor], fraction: float) -> Tensor:
     found = [common]
     if own:
         # What float32 leaves of directions that were taken away is none of the model's own.
-        found += [factors(_without(delta, common[0]), own, RESOLVED * float(delta.norm())) for delta in x]
+        found += [factors(_without(delta, common[0]), own, RESOLVED * float(delta.detach().norm())) for delta in x]
     lefts, values, rights = zip(*found, strict=True)
     u, s, v = torch.cat(lefts, dim=1), torch.cat(values), torch.cat(rights)
     return times(s.mean() * u.double() @ inverse_root(u.T) @ inverse_root(v), v)

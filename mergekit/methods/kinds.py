@@ -9,6 +9,7 @@ from mergekit.errors import nearest
 
 __all__ = ["Choice", "Flag", "Integer", "Kind", "ParameterError", "Real"]
 
+_MOST = 1e30
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -40,6 +41,8 @@ class Real:
             raise ParameterError("expected a finite number, got one beyond the range of float64") from None
         if not math.isfinite(number):
             raise ParameterError(f"expected a finite number, got {number}")
+        if abs(number) > _MOST:
+            raise ParameterError(f"{number:g} is beyond what arithmetic in float32 can hold")
         if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
             raise ParameterError(f"{number:g} is outside {self}")
         return number

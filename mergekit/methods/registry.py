@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mergekit.errors import UsageError, nearest
 from mergekit.methods.guard import is_built_in
-from mergekit.methods.spec import REGISTRY, Elementwise, Method, Sparse
+from mergekit.methods.spec import DELTA_OPTIONS, REGISTRY, REQUIRED, Elementwise, Method, ParameterError, Sparse, Whole
 
 __all__ = ["get_method", "load_method_file", "method_names", "source_digest"]
 
@@ -108,12 +108,36 @@ def _registered(load: Callable[[], object]) -> tuple[str, ...]:
         load()
         added = tuple(name for name in REGISTRY if name not in before)
         for name in added:
+            _check_declaration(REGISTRY[name])
             _check_signature(REGISTRY[name])
         return added
     except BaseException:
         for name in [name for name in REGISTRY if name not in before]:
             del REGISTRY[name]
         raise
+
+
+def _check_declaration(method: Method) -> None:
+    """UsageError if parts of a declaration contradict one another."""
+    form, names = method.form, [p.name for p in method.params]
+    fault = None
+    if form.space not in ("weights", "deltas"):
+        fault = f"'{form.space}' is not a space; it has 'weights' and 'deltas'"
+    elif isinstance(form, Elementwise) and (form.key is None) != (form.keep is None):
+        fault = "'key' and 'keep' go together"
+    elif isinstance(form, Whole) and not isinstance(form.workspace, (int, float)):
+        fault = f"'workspace' is a number, not {form.workspace!r}"
+    elif twice := [name for name in names if names.count(name) > 1 or name in {p.name for p in DELTA_OPTIONS}]:
+        fault = f"the name of parameter '{twice[0]}' is taken"
+    for parameter in method.params:
+        if fault or parameter.default is REQUIRED or parameter.default is None:
+            continue
+        try:
+            parameter.kind.read(parameter.default)
+        except ParameterError as error:
+            fault = f"the default of '{parameter.name}': {error}"
+    if fault:
+        raise UsageError(f"the declaration of method '{method.name}': {fault}")
 
 
 def _check_signature(method: Method) -> None:

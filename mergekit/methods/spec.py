@@ -182,6 +182,7 @@ class Method:
     fewer inputs have it than the method takes. Where a base is required, a tensor that only the base has is passed.
     ``check``, called with the parameters while planning, raises ParameterError for values that don't go together.
     ``laws`` are promises of ``LAWS`` that hold for any parameters (``equal`` for weights that sum to one).
+    ``without`` names options of delta methods that make no sense for it.
     """
 
     name: str
@@ -197,6 +198,7 @@ class Method:
     function: Callable[..., Any]
     check: Callable[..., None] | None = None
     laws: tuple[Law, ...] = ()
+    without: tuple[str, ...] = ()
 
     def parameter(self, name: str) -> Parameter | None:
         """The declared parameter called ``name``."""
@@ -212,7 +214,7 @@ class Method:
         if self.base != "required" or self.form.space != "deltas":
             return ()
         weighted = any(p.name == "weight" for p in self.params)
-        return tuple(p for p in DELTA_OPTIONS if weighted or p.name != "weighting")
+        return tuple(p for p in DELTA_OPTIONS if p.name not in self.without and (weighted or p.name != "weighting"))
 
     @property
     def summary(self) -> str:
@@ -262,6 +264,7 @@ def method(
     lone: Lone = "merge",
     check: Callable[..., None] | None = None,
     laws: tuple[Law, ...] = (),
+    without: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Register the decorated function as merge method ``name``; the function itself stays as it is.
 
@@ -285,6 +288,7 @@ def method(
                 function=function,
                 check=check,
                 laws=laws,
+                without=without,
             )
         )
         return function

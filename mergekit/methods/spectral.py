@@ -116,7 +116,7 @@ def factors(x: Tensor, rank: int, least: float = 0.0) -> tuple[Tensor, Tensor, T
     threshold = values[0].mul(RESOLVED).clamp_min(least)
     values, vectors = values[:rank], vectors[:, :rank]
     absent = values <= threshold
-    inverse = (1 / values).masked_fill(absent, 0)
+    inverse = (1 / values.masked_fill(absent, 1)).masked_fill(absent, 0)
     rights = times(inverse[:, None] * vectors.T, x)
     return vectors.masked_fill(absent, 0).float(), values.masked_fill(absent, 0), rights
 

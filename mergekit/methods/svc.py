@@ -63,6 +63,7 @@ def _calibrate(merged: Tensor, x: list[Tensor], alpha: float) -> Tensor:
             response = lefts.T.double() @ part.double()
             dots += (response * right).sum(dim=1)
             squares += response.square().sum(dim=1)
-        share = (values * dots / squares).where(squares > 0, torch.zeros_like(squares))
+        present = squares > 0
+        share = (values * dots / squares.where(present, torch.ones_like(squares))).masked_fill(~present, 0)
         total += share.clamp_min(alpha)
     return times(lefts.double() * (values * len(x) / total), rights)

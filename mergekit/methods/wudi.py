@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -103,6 +104,8 @@ def _solve(rest: Tensor, units: list[Tensor], ridge: float) -> Tensor:
     for unit in units[1:]:
         square += gram(unit.T)
     square.diagonal().add_(ridge * square.diagonal().mean())
+    if not bool(torch.isfinite(square).all()):
+        return torch.full_like(rest, math.nan)  # which the engine sees, and names the tensor
     root = torch.linalg.cholesky(square)
     del square
     return torch.cholesky_solve(rest.T.double(), root).T.float()

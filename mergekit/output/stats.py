@@ -22,6 +22,7 @@ Figures = Mapping[str, Mapping[str, Any]]
 def stats_text(plan: Plan, figures: Figures) -> str:
     """The file's text. Tensors come in the order of the plan; copied ones have no figures.
 
+    ``unknown`` are tensors that a run with --no-stats had merged before this one went on.
     ``models`` of a tensor are places in the list of models, in the order of its other lists (a base comes first).
     """
     merged = {
@@ -35,7 +36,8 @@ def stats_text(plan: Plan, figures: Figures) -> str:
         "method": plan.method,
         "models": models,
         "rounding": plan.rounding,
-        "copied": len(plan.outputs) - len(merged),
+        "copied": sum(not isinstance(output.expression, Apply) for output in plan.outputs),
+        "unknown": [o.name for o in plan.outputs if isinstance(o.expression, Apply) and o.name not in merged],
         "summary": _summary(models, merged),
         "tensors": merged,
     }

@@ -126,7 +126,9 @@ def _check_parameter(
         if name in _OLD_WORDS:
             notes.append((place, f"'{name}' changes nothing with '{recipe.method.name}'"))
         elif others:
-            text = f"'{recipe.method.name}' has no parameter '{name}' (it belongs to {others[0].name}); ignored"
+            options = [m for m in others if any(p.name == name for p in m.options)]
+            owner = "methods that merge task vectors" if options else others[0].name
+            text = f"'{recipe.method.name}' has no parameter '{name}' (it belongs to {owner}); ignored"
             warnings.append((place, text))
         else:
             known = [p.name for p in (*recipe.method.params, *recipe.method.options)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit.methods.kinds import Kind
+from mergekit.methods.kinds import Integer, Kind
 
 __all__ = ["Scalar", "evaluate_setting", "first_match", "interpolate", "setting_fault"]
 
@@ -109,4 +109,6 @@ def evaluate_setting(tensor_name: str, setting: Any, t: float = 0, kind: Kind | 
     if isinstance(value, list):
         members = [kind.read(v) for v in value] if kind else value
         value = interpolate(members, t)
+        if isinstance(kind, Integer):
+            value = round(value)
     return kind.read(value) if kind else value

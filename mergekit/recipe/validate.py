@@ -90,7 +90,8 @@ def _keys_at(model: type[BaseModel], path: Path_) -> list[str]:
 def _resolve(schema: Any, node: Any) -> Any:
     while isinstance(node, dict):
         if "anyOf" in node:
-            node = next((n for n in node["anyOf"] if n.get("type") != "null"), {})
+            mappings = [n for n in node["anyOf"] if "$ref" in n or "properties" in n]
+            node = next((n for n in [*mappings, *node["anyOf"]] if n.get("type") != "null"), {})
         elif "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
         else:
