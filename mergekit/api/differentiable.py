@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit.api.arrays import ArrayReader, ArraySink, empty
 from mergekit.dtypes import F32, DType
 from mergekit.execute import run_works
+from mergekit.execute.arrays import ArrayReader, ArraySink, empty
 from mergekit.execute.merge_work import merge_work
 from mergekit.execute.work import Job
 from mergekit.kernels import cpu

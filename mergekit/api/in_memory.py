@@ -9,11 +9,20 @@ from functools import lru_cache
 from typing import Any
 
 from mergekit.api.arguments import argument_values, check_names
-from mergekit.api.arrays import ArrayReader, ArraySink, device_of, dtype_of, empty, floating, is_torch, wants_gradients
 from mergekit.checkpoint import TensorInfo
 from mergekit.dtypes import DType, promote
 from mergekit.errors import UsageError
 from mergekit.execute import run_works
+from mergekit.execute.arrays import (
+    ArrayReader,
+    ArraySink,
+    device_of,
+    dtype_of,
+    empty,
+    floating,
+    is_torch,
+    wants_gradients,
+)
 from mergekit.execute.copy_work import CastWork, CopyWork
 from mergekit.execute.merge_work import merge_work
 from mergekit.execute.work import RANGE, Job, Work

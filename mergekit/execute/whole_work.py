@@ -8,20 +8,21 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from mergekit.dtypes import F32
 from mergekit.errors import RunError
+from mergekit.execute.arrays import ArrayReader, ArraySink, empty
 from mergekit.execute.buffers import Buffers
 from mergekit.execute.float_work import MergeWork
-from mergekit.execute.inputs import read_floats
+from mergekit.execute.inputs import Reader, read_floats
 from mergekit.execute.work import Job
 from mergekit.methods import Whole, get_method
 from mergekit.methods.guard import guarded
 from mergekit.methods.svc import WORKSPACE, svc, svc_seconds
-from mergekit.planning.plan import Apply, OutputTensor, Plan
+from mergekit.planning.plan import Apply, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -160,21 +161,19 @@ class CalibratedWork(WholeWork):
 
     def _merged(self, x: list[torch.Tensor]) -> torch.Tensor:
         """The merged delta by the method's own work, on a base of zeros: no digit is lost beside the base."""
-        import torch
 
         apply, like = _inner(self.apply), x[0]
-        memory = _Memory(np.empty(4 * self.size, np.uint8))
+        merged, data = empty(like, F32)
         output = replace(self.output, dtype=F32, offset=0, nbytes=4 * self.size, expression=apply)
-        deltas = [_ArrayReader(t.cpu().reshape(-1).numpy()) for t in x]
-        zeros = _ArrayReader(np.zeros(1, np.float32), repeats=True)
-        job = replace(self.job, output=output, readers=(zeros, *deltas), sink=memory, allow_nonfinite=True,
+        readers: tuple[Reader, ...] = (_Zeros(), *map(ArrayReader, x))
+        job = replace(self.job, output=output, readers=readers, sink=ArraySink(data), allow_nonfinite=True,
                       rounding="nearest", statistics=False)  # fmt: skip
         work = _work_class(apply)(apply, job)
         with ThreadPoolExecutor(_THREADS) as pool:
             for phase in range(work.phases):
                 list(pool.map(partial(_run, work, phase), range(len(work.ranges))))
                 work.reduce(phase)
-        return torch.from_numpy(memory.data.view(np.float32)).reshape(like.shape).to(like.device)
+        return cast("torch.Tensor", merged.to(like.device))
 
 
 def _run(work: MergeWork, phase: int, index: int) -> None:
@@ -201,29 +200,10 @@ def _device(kernels: Any) -> torch.device:
     return device if device is not None and device.type == "cuda" else torch.device("cpu")
 
 
-class _ArrayReader:
-    """Gives the elements of an array, or one number over and over."""
+class _Zeros:
+    """Gives zeros, as many as are asked for."""
 
     dtype, offset = F32, -1
 
-    def __init__(self, values: np.ndarray, *, repeats: bool = False) -> None:
-        self._values, self._repeats = values, repeats
-
     def read(self, start: int, count: int, row: np.ndarray) -> None:
-        row[: 4 * count].view(np.float32)[:] = self._values if self._repeats else self._values[start : start + count]
-
-
-class _Memory:
-    """Keeps the bytes of one tensor."""
-
-    def __init__(self, data: np.ndarray) -> None:
-        self.data = data
-
-    def write(self, output: OutputTensor, start: int, data: np.ndarray) -> None:
-        self.data[start : start + len(data)] = data
-
-    def finish(self, output: OutputTensor, checksum: int, figures: object) -> None:
-        """The tensor is complete."""
-
-    def note(self, text: str) -> None:
-        """What is not finite shows in the result, where it is told."""
+        row[: 4 * count] = 0
