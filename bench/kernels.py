@@ -35,40 +35,74 @@ TOP = np.float32(0.6).view(np.uint32)
 VALUES = np.random.default_rng(1).standard_normal(COUNT).astype(np.float32)
 
 
-def _rules(rule: int) -> np.ndarray:
-    return np.full(MODELS, rule, np.int64)
+THRESHOLDS = np.full((2, MODELS), TOP, np.uint32)
+THRESHOLDS[1] = np.float32(2.5).view(np.uint32)  # what is cut off above, by MagnitudeBand
+ROW = 2048
+"""Elements of a row, for the kernels that rank the entries of each."""
 
 
-def _sparse(rule: int, consensus: bool) -> Call:
-    thresholds, quota = np.full(MODELS, TOP, np.uint32), np.full(MODELS, 1 << 40, np.int64)
+def _sparse(rule: int, elect: int) -> Call:
+    rules, quota = np.full(MODELS, rule, np.int64), np.full((2, MODELS), 1 << 40, np.int64)
+    gains = np.ones((MODELS, COUNT), np.float32)
     return lambda rows, out: cpu.sparse_sum(
-        rows, CODES, 0, _rules(rule), thresholds, quota, CHANCES, KEYS, ONES, ONES, consensus, True, np.float32(1), 0,
+        rows, CODES, 0, rules, THRESHOLDS, quota, CHANCES, KEYS, gains, ONES, ONES, elect, True, np.float32(1), 0,
         COUNT, out, OUT,
     )  # fmt: skip
+
+
+def _load(rows: np.ndarray, chunk: np.ndarray) -> None:
+    for start in range(0, COUNT, cpu.CHUNK):
+        cpu.load_chunk(rows, CODES, 0, start, cpu.CHUNK, chunk)
 
 
 def kernels() -> dict[str, tuple[Call, int]]:
     """Each kernel on one block, and the bytes that it reads and writes for each element."""
     gram, coarse = np.zeros((MODELS, MODELS)), np.zeros((MODELS, cpu.COARSE_BINS), np.int64)
     fine, bins = np.zeros((MODELS, cpu.FINE_BINS), np.uint32), np.full(MODELS, int(TOP) >> 16, np.int64)
-    products = np.zeros((MODELS + 2, MODELS + 2))
-    read, both = 2 * MODELS, 2 * MODELS + 2
+    rules, quota = np.full(MODELS, cpu.KEEP_RANDOM, np.int64), np.zeros((2, MODELS), np.int64)
+    products, norms = np.zeros((MODELS + 2, MODELS + 2)), np.zeros((MODELS, 3))
+    gains, scratch = np.zeros((MODELS, COUNT), np.float32), np.empty((2, ROW), np.uint64)
+    lows, spans = np.full(MODELS, 1 << 30, np.int64), np.full(MODELS, 1 << 31, np.int64)
+    picks = np.full(MODELS, 64, np.int64)
+    by_row, by_column = np.zeros((COUNT // ROW, MODELS, MODELS)), np.zeros((MODELS, MODELS, ROW))
+    table, chunk = np.ones((MODELS, ROW), np.float32), np.empty((MODELS, cpu.CHUNK), np.float32)
+    tables, lower = np.zeros((4, cpu.COARSE_BINS), np.int64), np.zeros(cpu.FINE_BINS, np.uint32)
+    keys = np.abs(VALUES)
+    read, both, single = 2 * MODELS, 2 * MODELS + 2, F32.size
     return {
         "weighted_sum": (lambda r, o: cpu.weighted_sum(r, CODES, ONES, COUNT, o, OUT), both),
         "weighted_delta_sum": (lambda r, o: cpu.weighted_delta_sum(r, CODES, ONES, 0, COUNT, o, OUT), both),
         "gram of weights": (lambda r, o: cpu.gram(r, CODES, -1, COUNT, gram), read),
         "gram of deltas": (lambda r, o: cpu.gram(r, CODES, 0, COUNT, gram), read),
+        "row_grams": (lambda r, o: cpu.row_grams(r, CODES, 0, ROW, 0, 0, COUNT, by_row), read),
+        "column_grams": (lambda r, o: cpu.column_grams(r, CODES, 0, ROW, 0, COUNT, by_column), read),
+        "weighted_vectors, columns": (lambda r, o: cpu.weighted_vectors(r, CODES, table, 0, 1, 0, COUNT, o, OUT), both),
         "coarse_histogram": (lambda r, o: cpu.coarse_histogram(r, CODES, 0, WANTED, COUNT, coarse), read),
         "fine_histogram": (lambda r, o: cpu.fine_histogram(r, CODES, 0, WANTED, bins, COUNT, fine), read),
-        "sparse_sum, largest, consensus": (_sparse(cpu.KEEP_TOP, True), both),
-        "sparse_sum, random": (_sparse(cpu.KEEP_RANDOM, False), both),
-        "sparse_sum, random, consensus": (_sparse(cpu.KEEP_RANDOM, True), both),
+        "kept_norms, random": (
+            lambda r, o: cpu.kept_norms(
+                r, CODES, 0, WANTED, rules, THRESHOLDS, quota, CHANCES, KEYS, gains, COUNT, 0, COUNT, norms), read),
+        "rank_gains": (
+            lambda r, o: cpu.rank_gains(
+                r, CODES, 0, WANTED, lows, spans, KEYS, ROW, False, 0, COUNT, scratch, gains), read + single * MODELS),
+        "group_gains": (
+            lambda r, o: cpu.group_gains(r, CODES, 0, WANTED, picks, 256, COUNT, gains), read + single * MODELS),
+        "sparse_sum, largest, consensus": (_sparse(cpu.KEEP_TOP, cpu.ELECT_WEIGHTED), both),
+        "sparse_sum, band": (_sparse(cpu.KEEP_BAND, cpu.ELECT_NONE), both),
+        "sparse_sum, random": (_sparse(cpu.KEEP_RANDOM, cpu.ELECT_NONE), both),
+        "sparse_sum, random, consensus": (_sparse(cpu.KEEP_RANDOM, cpu.ELECT_WEIGHTED), both),
+        "sparse_sum, given": (_sparse(cpu.KEEP_GIVEN, cpu.ELECT_NONE), both + single * MODELS),
+        "load_chunk": (lambda r, o: _load(r, chunk), read + single * MODELS),
+        "count_upper": (lambda r, o: cpu.count_upper(keys, tables), single),
+        "count_lower": (lambda r, o: cpu.count_lower(keys, int(TOP) >> 16, lower), single),
+        "keep_largest": (lambda r, o: cpu.keep_largest((VALUES,), keys, int(TOP), 1 << 40), 3 * single),
         "statistics": (
             lambda r, o: cpu.statistics(r, CODES, 0, VALUES, o, OUT, COUNT, products, np.zeros(2, np.int64)),
-            both + F32.size,
+            both + single,
         ),
-        "store": (lambda r, o: cpu.store(VALUES, COUNT, o, OUT), 2 + F32.size),
-        "round_stochastically": (lambda r, o: cpu.round_stochastically(VALUES, COUNT, o, OUT, 0, 1, 2), 2 + F32.size),
+        "store": (lambda r, o: cpu.store(VALUES, COUNT, o, OUT), 2 + single),
+        "round_stochastically": (lambda r, o: cpu.round_stochastically(VALUES, COUNT, o, OUT, 0, 1, 2), 2 + single),
+        "count_nonfinite": (lambda r, o: cpu.count_nonfinite(o, OUT, COUNT), 2),
         "checksum": (lambda r, o: cpu.checksum(o, 0), 2),
         "all_finite": (lambda r, o: cpu.all_finite(o, OUT, COUNT), 2),
     }  # fmt: skip

@@ -32,6 +32,8 @@ def check_merge(tiny: Tiny, family: str, method: str, out: Path) -> None:
     mine, theirs = tensors_of(out), tensors_of(models[0])
     assert {n: (t.shape, t.dtype) for n, t in mine.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
     same = [name for name, tensor in mine.items() if tensor.numel() > 20 and torch.equal(tensor, theirs[name])]
+    # Of small vectors arcee_fusion may take over no entry.
+    same = [name for name in same if method != "arcee_fusion" or mine[name].ndim > 1]
     assert not same or method == "passthrough", f"equal to the first model's: {same}"
     model = load_checked(out, FAMILIES[family].auto_class)
     assert outputs_of(model, FAMILIES[family].reads).isfinite().all()

@@ -130,7 +130,7 @@ def test_an_interrupted_run_continues_without_calibrating_again(prompts, tmp_pat
 
     original = Staging.finish
     with monkeypatch.context() as patch:
-        patch.setattr(Staging, "finish", lambda self, o, c: (fail(o, c), original(self, o, c))[1])
+        patch.setattr(Staging, "finish", lambda self, o, c, f: (fail(o, c), original(self, o, c, f))[1])
         with pytest.raises(RunError, match="the machine died"):
             mergekit.run_moe(words, tmp_path / "out", verify=False, threads=1)
     assert not (tmp_path / "out/config.json").exists()

@@ -18,21 +18,24 @@ from mergekit import api
 from mergekit.dtypes import BF16
 from mergekit.errors import ResumeError, UsageError
 from mergekit.execute import run_threads, work
+from mergekit.methods import get_method, method_names
 from mergekit.output import STAGING
 from models import family, write_model
 
-METHODS = ["linear", "slerp", "task_arithmetic", "ties", "dare_ties", "dare_linear", "passthrough"]
+METHODS = method_names()
 SHAPES = {"embed.weight": (1031, 17), "layers.0.w": (521, 127), "layers.1.w": (521, 127), "tail": (3,)}
 
 
-def recipe_for(method: str, folders: list[Path]) -> dict:
-    if method == "passthrough":
-        return {"merge_method": method, "models": [{"model": str(folders[0])}]}
-    others = folders[1:2] if method == "slerp" else folders[1:]
+def recipe_for(name: str, folders: list[Path]) -> dict:
+    method = get_method(name)
+    if method.most == 1:
+        return {"merge_method": name, "models": [{"model": str(folders[0])}]}
+    others = folders[1 : method.most if method.base == "required" else None]
     models = [{"model": str(f), "parameters": {"weight": 0.5 + i, "density": 0.4}} for i, f in enumerate(others)]
-    parameters = {"t": [0.2, 0.8], "rescale": True}
+    parameters = {"t": [0.2, 0.8], "rescale": True, "nuslerp_flatten": False, "filter_wise": True, "select_topk": 0.3}
+    parameters = {key: value for key, value in parameters.items() if method.parameter(key)}
     base = {"model": str(folders[0]), "parameters": {"weight": 0.1}}
-    return {"merge_method": method, "base_model": str(folders[0]), "models": [base, *models], "parameters": parameters}
+    return {"merge_method": name, "base_model": str(folders[0]), "models": [base, *models], "parameters": parameters}
 
 
 def result(folder: Path) -> dict[str, bytes]:

@@ -69,9 +69,15 @@ def test_a_method_that_needs_the_gram_matrix_tells_it_exactly(tmp_path):
     stats, _ = merged(tmp_path, "slerp", folders)
     figures = stats["tensors"]["w"]
     assert figures["share"] < 0.1
-    assert set(figures["exact"]) <= {"norms", "cosines", "deltas"}
-    if "norms" in figures["exact"]:
-        assert figures["norms"] == pytest.approx([np.linalg.norm(read_model(f)["w"]) for f in folders], rel=1e-5)
+    assert figures["exact"] == ["norms"]
+    assert figures["norms"] == pytest.approx([np.linalg.norm(read_model(f)["w"]) for f in folders], rel=1e-5)
+    folders = family(tmp_path / "three", 3, F32, LARGE)
+    stats, _ = merged(tmp_path, "model_stock", folders, "stock")
+    figures = stats["tensors"]["w"]
+    base, *others = (read_model(f)["w"] for f in folders)
+    assert figures["exact"] == ["cosines", "deltas"]
+    assert figures["deltas"] == pytest.approx([np.linalg.norm(o - base) for o in others], rel=1e-5)
+    assert figures["cosines"] == [pytest.approx(cosine(*(o - base for o in others)), abs=1e-5)]
 
 
 def test_without_a_base_angles_are_those_of_the_models(tmp_path):

@@ -122,3 +122,17 @@ def test_lengths_of_nothing_finite_are_refused(tmp_path):
     bad["layers.1.w"][3, 4] = np.inf
     with pytest.raises(NonFiniteError, match=r"tensor layers\.1\.w of some model holds NaN or infinity"):
         mergekit.run_merge(recipe([folders[0], write_model(tmp_path / "bad", bad)], "metagpt"), tmp_path / "out")
+
+
+def test_lines_counts_layers_of_the_output_across_slices(tmp_path):
+    shapes = {"embed.weight": (5, 8), **{f"model.layers.{i}.w": (8, 8) for i in range(4)}, "norm": (8,)}
+    folders = family(tmp_path, 2, F32, shapes)
+    slices = [{"sources": [{"model": str(f), "layer_range": part} for f in folders]} for part in ([0, 2], [2, 4])]
+    merge = {"merge_method": "task_arithmetic", "base_model": str(folders[0]), "slices": slices}
+    parameters = {"weight": 1.0, "lines_alpha": 0.25, "lines_beta": 0.75}
+    got = read_model(mergekit.run_merge({**merge, "parameters": parameters}, tmp_path / "out"))
+    base, other = map(read_model, folders)
+    for i in range(4):
+        name = f"model.layers.{i}.w"
+        want = base[name] + (0.25 + 0.75 * i / 3) * (other[name] - base[name])
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-6)

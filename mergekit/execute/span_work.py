@@ -100,9 +100,12 @@ class SpanWork(MergeWork):
 
     def exact(self) -> Mapping[str, Any]:
         """Where the Gram matrix of whole tensors was needed, lengths and angles are known from all elements."""
-        if self._gram is None or self._origin != self.base:
+        if self._gram is None:
             return {}
-        return lengths_and_cosines(self._gram, "deltas" if self._origin >= 0 else "norms")
+        found = lengths_and_cosines(self._gram, "deltas" if self._origin >= 0 else "norms")
+        if self._origin != self.base:  # the angles are those between models, not between their deltas
+            del found["cosines"]
+        return found
 
     def reduce(self, phase: int) -> None:
         if phase < self.phases - 1:

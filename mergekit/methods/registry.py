@@ -123,6 +123,8 @@ def _check_declaration(method: Method) -> None:
     fault = None
     if form.space not in ("weights", "deltas"):
         fault = f"'{form.space}' is not a space; it has 'weights' and 'deltas'"
+    elif isinstance(form, Sparse) and method.base != "required":
+        fault = "the sparse form needs base='required'"
     elif isinstance(form, Elementwise) and (form.key is None) != (form.keep is None):
         fault = "'key' and 'keep' go together"
     elif isinstance(form, Whole) and not isinstance(form.workspace, (int, float)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from mergekit.errors import UsageError
@@ -112,10 +112,10 @@ class Span:
 class Sparse:
     """The result is the base plus a combination of sparsified deltas.
 
-    The function is ``f(**parameters) -> SparseMerge`` and never sees a number of the models.
+    The function is ``f(**parameters) -> SparseMerge`` and never sees a number of the models. A base is required.
     """
 
-    space: Space = "deltas"
+    space: Space = field(default="deltas", init=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mergekit.methods.spec import Choice, Integer, Real, Whole, method, once
-from mergekit.methods.spectral import by_matrix, gram, matrix_shape, seconds, times
+from mergekit.methods.spectral import by_matrix, gram, matrix_shape, times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,8 @@ def _seconds(shape: tuple[int, ...], count: int, *, solver: str, steps: int, **o
     step = 2.0 * rows * columns * (2 * rows * count if columns > _WIDE * rows else columns)
     once = 4.0 * count * rows * columns * columns / 120e9
     if solver == "closed":
-        return stack * once + seconds(shape, 1, roots=1)
+        small, large = sorted((rows * count, columns))
+        return stack * (2.0 * small * small * large + small**3 / 3) / 40e9
     return stack * (steps * (step / 120e9 + rows * columns * 5e-9) + once)
 
 
@@ -78,43 +79,58 @@ def wudi(x: list[Tensor], *, solver: str, steps: int, learning_rate: float, ridg
     return by_matrix(x, lambda matrices: _merge(matrices, partial(_descend, steps=steps, rate=learning_rate)))
 
 
-def _merge(x: list[Tensor], find: Callable[[Tensor, list[Tensor]], Tensor]) -> Tensor:
+def _merge(x: list[Tensor], find: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
     """The sum S of the task vectors, plus what ``find`` adds to it.
 
-    ``find`` gets the task vectors divided by their lengths, y_t, and R = sum_t (x_t - S) y_t^T y_t, with which half
+    ``find`` gets the task vectors divided by their lengths, y_t, and p_t = (x_t - S) y_t^T. With R = sum_t p_t y_t half
     the loss's gradient at S + d is d A - R: nothing cancels beside S.
     """
-    import torch
-
     total = sum(x[1:], x[0])
     lengths = [delta.double().norm().float() for delta in x]
-    units, rest = [], torch.zeros_like(total)
+    units, pulls = [], []
     for delta, length in zip(x, lengths, strict=True):
         if length != 0:
             units.append(delta / length)
-            rest = rest + times((delta - total).double() @ units[-1].T.double(), units[-1])
-    return total + find(rest, units) if units else total
+            pulls.append((delta - total).double() @ units[-1].T.double())
+    return total + find(pulls, units) if units else total
 
 
-def _solve(rest: Tensor, units: list[Tensor], ridge: float) -> Tensor:
-    """The d of d (A + r I) = R."""
+def _rest(pulls: list[Tensor], units: list[Tensor]) -> Tensor:
+    """R = sum_t p_t y_t, float32."""
+    parts = [times(pull, unit) for pull, unit in zip(pulls, units, strict=True)]
+    return sum(parts[1:], parts[0])
+
+
+def _solve(pulls: list[Tensor], units: list[Tensor], ridge: float) -> Tensor:
+    """The d of d (A + r I) = R, by the smaller of A [n, n] and the Gram matrix of all rows of the units [T m, T m]."""
     import torch
 
-    square = gram(units[0].T)
-    for unit in units[1:]:
-        square += gram(unit.T)
-    square.diagonal().add_(ridge * square.diagonal().mean())
+    columns = units[0].shape[1]
+    by_rows = len(units) * units[0].shape[0] <= columns
+    if by_rows:
+        rows = torch.cat(units)
+        square = gram(rows)
+    else:
+        square = gram(units[0].T)
+        for unit in units[1:]:
+            square += gram(unit.T)
+    # Both have the same trace; A has n eigenvalues.
+    square.diagonal().add_(ridge * square.diagonal().sum() / columns)
     if not bool(torch.isfinite(square).all()):
-        return torch.full_like(rest, math.nan)  # which the engine sees, and names the tensor
+        return torch.full_like(units[0], math.nan)  # which the engine sees, and names the tensor
     root = torch.linalg.cholesky(square)
     del square
-    return torch.cholesky_solve(rest.T.double(), root).T.float()
+    if by_rows:
+        # With Y all rows and P all pulls side by side, P Y (Y^T Y + r)^-1 = P (Y Y^T + r)^-1 Y.
+        return times(torch.cholesky_solve(torch.cat(pulls, dim=1).T, root).T, rows)
+    return torch.cholesky_solve(_rest(pulls, units).T.double(), root).T.float()
 
 
-def _descend(rest: Tensor, units: list[Tensor], steps: int, rate: float) -> Tensor:
+def _descend(pulls: list[Tensor], units: list[Tensor], steps: int, rate: float) -> Tensor:
     """The d that Adam reaches from zero."""
     import torch
 
+    rest = _rest(pulls, units)
     is_wide = rest.shape[1] > _WIDE * rest.shape[0]
     square = None if is_wide else _square(units)
     found, first, second = (torch.zeros_like(rest) for _ in range(3))

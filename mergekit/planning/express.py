@@ -92,7 +92,7 @@ class Expresser:
             tuple(present[i].model for i in order),
             method.base != "ignored" and base is not None,
             tuple(sorted(values.items())),
-            scale=options.get("lines_alpha", 1.0) + options.get("lines_beta", 0.0) * slot.t,
+            scale=options.get("lines_alpha", 1.0) + options.get("lines_beta", 0.0) * slot.depth,
             weighting=options.get("weighting", "none"),
             svc=options.get("svc") if matrix_shape(shape) else None,
         )

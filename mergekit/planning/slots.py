@@ -36,7 +36,11 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """One output tensor before it is decided how to compute it. ``path`` is its place in the recipe."""
+    """One output tensor before it is decided how to compute it. ``path`` is its place in the recipe.
+
+    ``t`` is the place in its slice at which gradients are read, ``depth`` that in the output: 0 in the first layer and
+    outside the layers, 1 in the last.
+    """
 
     name: str
     t: float
@@ -46,6 +50,7 @@ class Slot:
     outer: tuple[Mapping[str, Any], ...]
     path: tuple[str | int, ...]
     is_copy: bool = False
+    depth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +157,7 @@ class _Finder:
     def _add_layers(self, plans: list[Any], donor: Model, layers: list[LayerSource]) -> None:
         assert donor.layout.main is not None
         shapes = self._layer_shapes(donor)
+        total = sum(length for _, _, _, _, length, _ in plans)
         for inputs, base, scope, path, length, lead in plans:
             start = next(i.start for i in inputs if self.models[i.model] is lead)
             spelling = align(self._layer_shapes(lead), shapes)
@@ -167,7 +173,8 @@ class _Finder:
                             f"where its shape is {' or '.join(str(list(shape)) for shape in sorted(shapes[mine]))}"
                         )
                     output = f"{donor.layout.main.prefix}{len(layers)}.{mine}"
-                    self._add(output, name, t, inputs, base, scope, path, offset=k, suffix=suffix)
+                    depth = len(layers) / max(total - 1, 1)
+                    self._add(output, name, t, inputs, base, scope, path, offset=k, suffix=suffix, depth=depth)
                 layers.append((lead.config, start + k))
                 for item in inputs:
                     self.layers_used.setdefault(item.model, set()).add(item.start + k)
@@ -258,6 +265,7 @@ class _Finder:
         *,
         offset: int | None = None,
         suffix: str = "",
+        depth: float | None = None,
     ) -> None:
         """Add the output tensor that the lead calls ``name`` (layer ``offset`` of the slice, if given)."""
         contributions = []
@@ -272,7 +280,8 @@ class _Finder:
         known = [c.info for c in contributions if c.info is not None]
         copy = bool(known) and is_derived_buffer(name, known[0].shape)
         self.used.update((c.model, c.info.name) for c in contributions if c.info is not None)
-        self.slots.append(Slot(output, t, tuple(contributions), base, scope, self.outer, path, copy))
+        place = t if depth is None else depth
+        self.slots.append(Slot(output, t, tuple(contributions), base, scope, self.outer, path, copy, place))
 
     @staticmethod
     def _contribution(item: _Input, model: Model, name: str) -> Contribution:
