@@ -83,6 +83,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "iso_cts": with_base("iso_cts"),
     "star": with_base("star"),
     "wudi": with_base("wudi"),
+    "wudi, solver closed": with_base("wudi") | {"parameters": {"solver": "closed"}},
     "task_arithmetic, weight 0.5, svc": with_base("task_arithmetic", weight=0.5) | {"parameters": {"svc": 1}},
     "task_arithmetic, weight 0.5, LiNeS 0.5 + 1": with_base("task_arithmetic", weight=0.5)
     | {"parameters": {"lines_alpha": 0.5, "lines_beta": 1.0}},

@@ -26,9 +26,9 @@ def methods_index() -> str:
         "[quality.md](../quality.md), how fast they are in [speed.md](../speed.md); to write your own, see "
         "[extending.md](../extending.md).\n"
     ]
-    parts += ["| method | | |", "|---|---|---|"]
+    parts += ["| method | what it does | models | how |", "|---|---|---|---|"]
     for m in map(get_method, method_names()):
-        parts.append(f"| [`{m.name}`]({m.name}.md) | {_plain(m.summary)} {describe.inputs(m)} | {describe.form(m)} |")
+        parts.append(f"| [`{m.name}`]({m.name}.md) | {_plain(m.summary)} | {_inputs(m)} | {describe.form(m)} |")
     parts += ["\n## Options of every method that merges task vectors\n"]
     parts += ["They stand among `parameters`, like the method's own.\n", *_parameters(DELTA_OPTIONS)]
     return "\n".join(parts) + "\n"
@@ -57,6 +57,10 @@ def _parameters(params: tuple[Parameter, ...]) -> list[str]:
     return lines
 
 
+def _inputs(method: Method) -> str:
+    return describe.inputs(method).removeprefix("Takes ").removesuffix(".")
+
+
 def _plain(text: str) -> str:
     return text.replace("``", "`")
 
@@ -80,9 +84,9 @@ def options_page() -> str:
 
 def methods_table() -> str:
     """The README's table."""
-    lines = ["| `merge_method` | in short |", "|---|---|"]
+    lines = ["| `merge_method` | what it does | models |", "|---|---|---|"]
     for m in map(get_method, method_names()):
-        lines.append(f"| [`{m.name}`](docs/methods/{m.name}.md) | {_plain(m.summary)} {describe.inputs(m)} |")
+        lines.append(f"| [`{m.name}`](docs/methods/{m.name}.md) | {_plain(m.summary)} | {_inputs(m)} |")
     return "\n".join(lines)
 
 

@@ -170,9 +170,8 @@ def test_merged_attention_is_what_merging_gives_in_both_forms(method, tmp_path):
         name = f"model.layers.{layer}.self_attn.qkv_proj.weight"
         parts = [native[f"model.layers.{layer}.self_attn.{p}_proj.weight"] for p in "qkv"]
         assert torch.equal(torch.cat(parts), own[name])
-        if not method.startswith(
-            ("dare", "della")
-        ):  # masks follow the order of models, where a mixture has its base first
+        # Random masks follow the order of the models, where a mixture has its base first.
+        if not method.startswith(("dare", "della")):
             assert torch.equal(own[name], dense[name])
 
 

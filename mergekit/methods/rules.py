@@ -156,7 +156,12 @@ def task_parameters(
         each("weight", Real(), help="coefficient of the model's task vector"),
         each("density", Real(), 1.0, help="fraction of the task vector's entries to keep"),
         *more,
-        once("normalize", Flag(), normalize, help="divide by the sum of the weights"),
+        once(
+            "normalize",
+            Flag(),
+            normalize,
+            help="divide by the sum of the weights; where signs are elected, of the magnitudes of those that agree",
+        ),
         once(
             "rescale",
             Choice(("none", "l1", "density"), flags=("none", "l1")),

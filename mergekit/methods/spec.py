@@ -127,12 +127,12 @@ class Elementwise:
     what both have (``xp.abs``, ``xp.where``, ``xp.clip``, ``xp.sign``, arithmetic). It must not change ``x``.
 
     ``measure(xp, x, **parameters)`` returns sums over the chunk, an array [m]; the engine adds them up over the tensor
-    in float64 and the function becomes ``f(xp, x, sums, **parameters)`` with ``sums`` float64 [m]. It must return zeros
-    for a chunk of zeros.
+    in float64 and the function becomes ``f(xp, x, sums, **parameters)`` with ``sums`` float64 [m].
 
     ``key(xp, x, **parameters)`` and ``keep(nonzero, size, **parameters)`` select elements first: only the ``keep``
     elements of largest key are left (of ties, those of lower index), in all models; the others become zero in ``x``.
-    ``nonzero`` counts the keys that are not zero, ``keep`` returning None selects nothing. Keys are not negative.
+    ``nonzero`` counts the keys that are not zero. ``keep`` returns None, whatever the counts, to leave all elements as
+    they are. Keys are not negative.
     """
 
     space: Space = "deltas"
