@@ -29,8 +29,8 @@ def ties(
     """Task vectors trimmed to their largest entries and merged where their signs agree.
 
     Trim: keep the ``density`` share of largest magnitude of each task vector, exactly. Elect: at each place the sign
-    of the weighted sum. Merge: the weighted mean of the entries of that sign (their sum without ``normalize``). With d_i
-    the trimmed task vectors, s = sign(sum_i w_i d_i) and A the models whose w_i d_i has that sign, the result is
+    of the weighted sum. Merge: the weighted mean of the entries of that sign (their sum without ``normalize``). With
+    d_i the trimmed task vectors, s = sign(sum_i w_i d_i) and A the models whose w_i d_i has that sign, the result is
     base + lambda * sum_A w_i d_i / sum_A |w_i|, entry by entry.
     The sign is elected from weighted entries, as recipes for arcee mergekit expect; the paper has no weights
     (``elect: unweighted``).
