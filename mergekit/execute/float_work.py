@@ -18,8 +18,8 @@ from mergekit.seeds import stream_key
 
 __all__ = ["FloatWork", "MergeWork"]
 
-_PIECE = 1 << 14
-"""Elements of a piece of the sample that statistics are taken from."""
+_PIECE = 1 << 16
+"""Elements of a piece of the sample that statistics are taken from; shorter ones would cut blocks into small reads."""
 _EVERY = 16
 """One piece of so many is looked at ..."""
 _SMALL = 1 << 16

@@ -57,7 +57,8 @@ def keep_largest(
     Returns how many ties are left for the chunks after. The arrays of ``load_chunk`` are changed in place.
     """
     kept = np.empty(len(keys), np.float32)
-    left = int(_keep_largest(keys, np.uint32(threshold), left, kept))
+    # Once no tie is left to keep, none has to be looked for: keys are not negative, so their bits order like them.
+    left = int(_keep_largest(keys, np.uint32(threshold + (left == 0)), left, kept))
     for values in x:
         values *= kept
     return x, left
@@ -120,8 +121,8 @@ def _keep_largest(keys: np.ndarray, threshold: np.uint32, left: int, kept: np.nd
         bits = np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF))
         ties = np.uint32(ties + (np.uint32(1) if bits == threshold else np.uint32(0)))
         kept[i] = np.float32(1) if bits >= threshold else np.float32(0)
-    if np.int64(ties) <= left:
-        return int(left - np.int64(ties))
+    if np.int64(ties) <= left or left == 0:
+        return int(max(left - np.int64(ties), 0))
     for i in range(len(keys)):
         if np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF)) == threshold:
             if left > 0:

@@ -71,12 +71,12 @@ def sce(xp: Any, x: tuple[Any, ...], sums: np.ndarray, *, select_topk: float) ->
     array([2.6667, 4.    ], dtype=float32)
     """
     sign = 2 * xp.asarray(sum(x[1:], x[0]) >= 0, dtype=xp.float32) - 1
-    merged: Any = 0.0
-    total: Any = _TINY
+    merged: Any = None
+    total: Any = None
     for delta, share in zip(x, _shares(sums), strict=True):
         weight = xp.asarray(delta * sign > 0, dtype=xp.float32) * share
-        merged = merged + delta * weight
-        total = total + weight
+        merged = delta * weight if merged is None else merged + delta * weight
+        total = weight + _TINY if total is None else total + weight
     return merged / total
 
 
