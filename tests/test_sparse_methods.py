@@ -277,7 +277,7 @@ def test_kept_shares_of_magnitudes_are_exact(method, own, rescale):
 @pytest.mark.parametrize("rescale", ["none", "l1"])
 @pytest.mark.parametrize(("method", "own"), [("dare_linear", {}), ("della_linear", {"epsilon": (0.1, 0.1)})])
 def test_kept_shares_of_random_masks_are_counted(method, own, rescale):
-    shape = (331, 443)  # large enough to be sampled
+    shape = (1231, 443)  # large enough to be sampled
     models = shaped("plain", 3, shape)
     found = figures(method, models, rescale=rescale, **own, **COMMON)
     assert ("kept" in found["exact"]) == (rescale == "l1")

@@ -146,7 +146,7 @@ def _sparse(method: Method, apply: Apply, deltas: Sequence[Tensor], name: str, s
         kept = delta * share
         if merge.rescale == "l1":
             before, after = delta.abs().sum(dtype=torch.float64), kept.abs().sum(dtype=torch.float64)
-            is_fair = (before > 0) & (after > 0) & torch.isfinite(after)
+            is_fair = (before != 0) & (after != 0)  # true of what is not finite, which must show in the result
             kept = kept * torch.where(is_fair, before / torch.where(is_fair, after, 1.0), 1.0).to(kept.dtype)
         part = kept * weight
         vote = (part if merge.elect == "weighted" else kept).detach()
@@ -158,7 +158,8 @@ def _sparse(method: Method, apply: Apply, deltas: Sequence[Tensor], name: str, s
         return total * (merge.factor / weights if merge.normalize and abs(weights) >= 1e-8 else merge.factor)
     mass = torch.zeros_like(total)
     for part, vote, weight in parts:
-        agrees = torch.where(elected >= 0, vote > 0, vote < 0)
+        # As in the kernels NaN agrees with any sign: it must show in the result.
+        agrees = ~torch.where(elected < 0, vote >= 0, vote <= 0)
         total = total + torch.where(agrees, part, 0.0)
         mass = mass + agrees * weight
     return merge.factor * (total / torch.where(mass > 0, mass, 1.0) if merge.normalize else total)

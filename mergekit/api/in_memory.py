@@ -69,11 +69,13 @@ def merge_tensors(
     registered method. ``parameters`` go by their names in recipes; one with a value for each model takes a scalar (for
     all), a sequence in the order of the inputs (without the base, where it has no value), or a mapping by id. ``ids``
     default to 0, 1, ... ``base_index`` says which tensor is the base model's. ``name`` and ``seed`` key random masks,
-    as the tensor's name and the recipe's seed do.
+    as the tensor's name and the recipe's seed do; so does a model's position, which is that in the recipe if the
+    inputs are in its order, a base that it does not list among the models last.
 
     Arithmetic is float32; the result is rounded once, to ``out_dtype``, else ``dtype``, else the promotion of the
     inputs' types. Tensors that are no floats are copied if they are all the same. If an input requires gradients
-    (and they are enabled), so does the result: selections and random masks then count as constants.
+    (and they are enabled), so does the result: selections and random masks then count as constants. Methods that
+    decompose matrices (and ``svc``) have no gradients where singular values coincide, as those of zeros do: NaN.
 
     Raises TypeError for parameters that are unknown or missing and for what is no tensor, ValueError for values,
     shapes or numbers of inputs that don't fit, UsageError for an unknown method.
@@ -104,7 +106,8 @@ def merge_state_dicts(
 
     ``models`` are torch modules or state dicts; as a mapping, its keys are the models' ids. ``base`` is the id of the
     base model (its position in a sequence). ``strict``: all models must have the same tensors; else one that some of
-    them lack is made as in a merge of files. Everything else is as in ``merge_tensors``.
+    them lack is made from those that have it, if the method can (ValueError if not). Everything else is as in
+    ``merge_tensors``.
 
     A module counts as its ``state_dict()``, without gradients; to keep them pass ``dict(module.named_parameters())``.
     """

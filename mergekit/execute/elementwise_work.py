@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mergekit.errors import UsageError
 from mergekit.execute.float_work import MergeWork
 from mergekit.execute.selection import locate
 from mergekit.execute.work import Job, split
@@ -75,6 +76,7 @@ class ElementwiseWork(MergeWork):
         self._quota = [0] * ranges
         self._parts: list[np.ndarray | None] = [None] * ranges
         self._measured: np.ndarray | None = None
+        self._count: int | None = None
 
     def _keep(self, nonzero: int) -> int | None:
         """How many elements are selected if ``nonzero`` of the keys are not zero; None if all are."""
@@ -143,6 +145,13 @@ class ElementwiseWork(MergeWork):
     def _measure(self, state: _Range, x: tuple[Any, ...]) -> None:
         assert self._form.measure is not None
         sums = np.asarray(self.kernels.on_host(self._form.measure(self._xp, x, **self.parameters)), np.float64)
+        with self._lock:
+            self._count = len(sums) if self._count is None else self._count
+        if len(sums) != self._count:
+            raise UsageError(
+                f"method '{self.method.name}' on tensor {self.output.name}: its 'measure' returns {self._count} sums "
+                f"for one chunk and {len(sums)} for another; their number must not depend on the data"
+            )
         state.sums = sums if state.sums is None else state.sums + sums
 
     def end(self, phase: int, index: int, state: _Range) -> None:

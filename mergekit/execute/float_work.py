@@ -18,11 +18,11 @@ from mergekit.seeds import stream_key
 
 __all__ = ["FloatWork", "MergeWork"]
 
-_PIECE = 1 << 16
-"""Elements of a piece of the sample that statistics are taken from; shorter ones would cut blocks into small reads."""
+_PIECES, _LEAST_PIECE, _MOST_PIECE = 8, 1 << 14, 1 << 16
+"""A sample has at least so many pieces, of so many elements: shorter ones would cut blocks into small reads."""
 _EVERY = 16
 """One piece of so many is looked at ..."""
-_SMALL = 1 << 16
+_SMALL = 1 << 19
 """... unless the tensor has at most so many elements: then all of them are."""
 
 
@@ -41,7 +41,8 @@ class FloatWork(Work):
         self._nonfinite = [0] * len(self.ranges)
         self._is_stochastic = job.rounding == "stochastic" and self.output.dtype.size < F32.size
         self._key = stream_key(job.seed, self.output.name, -1)
-        self._piece = -(-_PIECE // self.align) * self.align
+        piece = min(max(self.size // (_EVERY * _PIECES), _LEAST_PIECE), _MOST_PIECE)
+        self._piece = max(piece // self.align, 1) * self.align
         self._stride = 1 if self.size <= _SMALL else _EVERY
         self._tally = Tally(len(self.readers), len(self.ranges)) if job.statistics else None
 

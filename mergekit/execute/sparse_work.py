@@ -119,8 +119,6 @@ class SparseWork(MergeWork):
         for m, keep in enumerate(merge.keep, start=1):
             self._keys[m] = stream_key(job.seed, self.output.name, apply.models[m])
             self._set_rule(m, keep)
-            if merge.rescale == "density":
-                self._rescale_by_density(m, keep)
         self._is_band = self._rules == self.kernels.KEEP_BAND
         self._is_top = self._is_band | (self._rules == self.kernels.KEEP_TOP)
         is_given = self._rules == self.kernels.KEEP_GIVEN
@@ -128,6 +126,9 @@ class SparseWork(MergeWork):
         self._is_grouped = is_given & is_grouped
         self._is_ranked = is_given & ~is_grouped
         self._known[self._is_grouped] = self._group_counts()
+        if merge.rescale == "density":
+            for m, keep in enumerate(merge.keep, start=1):
+                self._rescale_by_density(m, keep)
 
     def _set_rule(self, m: int, keep: KeepRule) -> None:
         kernels, size = self.kernels, self.size
@@ -157,9 +158,7 @@ class SparseWork(MergeWork):
 
     def _rescale_by_density(self, m: int, keep: KeepRule) -> None:
         """One over the share kept. Where gains are given at random, they contain it already."""
-        if isinstance(keep, GroupTop):
-            self._scales[m] = keep.m / max(keep.n, 1)
-        elif self._known[m] > 0:
+        if self._known[m] > 0:
             self._scales[m] = self.size / self._known[m]
         elif isinstance(keep, RandomKeep | RankKeep) and self._rules[m] == self.kernels.KEEP_RANDOM:
             self._scales[m] = 1 / keep.density
@@ -288,8 +287,9 @@ class SparseWork(MergeWork):
         elif step == "norms":
             before, after, _ = self._norms.sum(axis=0).T
             for m in np.flatnonzero(self._rescaled):
-                if before[m] > 0 and 0 < after[m] < np.inf:
-                    self._scales[m] = before[m] / after[m]
+                if before[m] != 0 and after[m] != 0:  # true of what is not finite, which must show in the result
+                    with np.errstate(invalid="ignore"):
+                        self._scales[m] = before[m] / after[m]
         super().reduce(phase)
 
     def _set_thresholds(self, edge: int, wanted: np.ndarray) -> None:

@@ -42,8 +42,9 @@ class Tally:
         ``share``: the part of the elements looked at. ``norms`` and ``result``: lengths of the inputs and the result;
         ``norm_ratio``: the result's over the mean of the inputs'. With a base also: ``deltas``, the lengths of the
         models' differences from it; ``cosines`` between them, for the pairs (0, 1), (0, 2), ... (1, 2) ...;
-        ``sign_conflict``: of the entries that two models or more change, the share where they disagree; ``change``,
-        the length of the result's difference from the base, and ``survival``, the share of it left after rounding.
+        ``shared``: the share of the entries that two models or more change; ``sign_conflict``: of those, the share
+        where they disagree; ``change``, the length of the result's difference from the base, and ``survival``, the
+        share of it left after rounding.
         Without a base ``cosines`` are those of the models. ``exact`` replaces figures by those of the whole tensor.
         """
         products, seen = self._products.sum(axis=0), int(self._seen.sum())
@@ -64,13 +65,14 @@ class Tally:
             figures["deltas"] = [_short(lengths[m]) for m in others]
             figures["cosines"] = _cosines(products[np.ix_(others, others)])
             shared, torn = (int(c) for c in self._counts.sum(axis=0))
+            figures["shared"] = _short(shared / seen) if seen else 0.0
             figures["sign_conflict"] = _short(torn / shared) if shared else 0.0
             figures["change"] = _short(lengths[n])
-            figures["survival"] = _short(products[n, n + 1] / products[n, n]) if products[n, n] > 0 else 1.0
+            figures["survival"] = _short(products[n, n + 1] / products[n, n]) if products[n, n] != 0 else 1.0
         mean = float(np.mean(norms)) if n else 0.0
         figures["norms"] = [_short(x) for x in norms]
         figures["result"] = _short(result)
-        figures["norm_ratio"] = _short(result / mean) if mean > 0 else 1.0
+        figures["norm_ratio"] = _short(result / mean) if mean != 0 else 1.0
         figures["nonfinite"] = nonfinite
         figures.update(exact)
         figures["exact"] = sorted(exact) if scale > 1 else "all"
@@ -83,14 +85,14 @@ def lengths_and_cosines(gram: np.ndarray, name: str) -> dict[str, Any]:
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def _cosines(products: np.ndarray) -> list[float]:
+def _cosines(products: np.ndarray) -> list[float | None]:
     """The cosines of each pair, from the inner products; 0 where one of the two is zero."""
     lengths = np.sqrt(np.maximum(np.diag(products), 0))
     pairs = [(a, b) for a in range(len(products)) for b in range(a + 1, len(products))]
     scales = [lengths[a] * lengths[b] for a, b in pairs]
-    return [_short(products[p] / s) if s > 0 else 0.0 for p, s in zip(pairs, scales, strict=True)]
+    return [_short(products[p] / s) if s != 0 else 0.0 for p, s in zip(pairs, scales, strict=True)]
 
 
-def _short(value: float) -> float:
-    """Six digits are enough for people, and keep the file small; what is not finite would be no JSON."""
-    return float(f"{value:.6g}") if math.isfinite(value) else 0.0
+def _short(value: float) -> float | None:
+    """Six digits are enough for people, and keep the file small; None for what is not finite, which is no JSON."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

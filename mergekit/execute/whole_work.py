@@ -102,7 +102,7 @@ class WholeWork(MergeWork):
                 x = [torch.from_numpy(values).reshape(self.output.shape) for values in self._load()]
                 device = _device(self.kernels)
                 result = self.solve([t.to(device) for t in x])
-                return result.to("cpu", torch.float32).contiguous().reshape(-1).numpy()
+                return result.to("cpu", torch.float32).resolve_neg().contiguous().reshape(-1).numpy()
         except (RuntimeError, MemoryError) as error:  # each kind of device has its own class of it
             if not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
                 raise
@@ -153,11 +153,21 @@ class CalibratedWork(WholeWork):
         """Those of the method's own work."""
         return _work_class(_inner(apply)).compiled(_inner(apply))
 
+    def __init__(self, apply: Apply, job: Job) -> None:
+        # Calibration would undo a factor that comes before it.
+        parameters = dict(apply.parameters)
+        self._factor = float(parameters.get("lambda_", 1.0))
+        if "lambda_" in parameters:
+            apply = replace(apply, parameters=tuple(sorted({**parameters, "lambda_": 1.0}.items())))
+        super().__init__(apply, job)
+
     def solve(self, x: list[torch.Tensor]) -> torch.Tensor:
-        """The merged delta, calibrated."""
+        """The merged delta, calibrated, and then multiplied by the method's ``lambda``."""
         assert self.apply.svc is not None
         merged = super().solve(x) if isinstance(self.method.form, Whole) else self._merged(x)
-        return svc(merged, x, self.apply.svc)
+        weights = self.parameters.get("weight", ())
+        taken = [delta for m, delta in enumerate(x) if m >= len(weights) or weights[m] != 0] or x
+        return self._factor * svc(merged, taken, self.apply.svc)
 
     def _merged(self, x: list[torch.Tensor]) -> torch.Tensor:
         """The merged delta by the method's own work, on a base of zeros: no digit is lost beside the base."""

@@ -122,7 +122,7 @@ def _keep_largest(keys: np.ndarray, threshold: np.uint32, left: int, kept: np.nd
         ties = np.uint32(ties + (np.uint32(1) if bits == threshold else np.uint32(0)))
         kept[i] = np.float32(1) if bits >= threshold else np.float32(0)
     if np.int64(ties) <= left or left == 0:
-        return int(max(left - np.int64(ties), 0))
+        return int(left - np.int64(ties)) if left else 0
     for i in range(len(keys)):
         if np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF)) == threshold:
             if left > 0:

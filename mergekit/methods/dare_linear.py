@@ -15,7 +15,7 @@ from mergekit.methods.spec import Sparse, method
     paper="Yu et al. 2023, Language models are super Mario: absorbing abilities from homologous models",
     url="https://arxiv.org/abs/2311.03099",
     params=task_parameters(normalize=False, rescale=True),
-    laws=("equal", "zero", "dense", "symmetric", "deltas"),
+    laws=("equal", "zero", "dense", "deltas"),
 )
 def dare_linear(
     *, weight: tuple[float, ...], density: tuple[float, ...], normalize: bool, rescale: str, lambda_: float

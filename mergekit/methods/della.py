@@ -19,7 +19,7 @@ EPSILON = each(
     paper="Deep et al. 2024, DELLA-Merging: reducing interference in model merging through magnitude-based sampling",
     url="https://arxiv.org/abs/2406.11617",
     params=task_parameters(normalize=True, rescale=True, consensus=True, more=(EPSILON,)),
-    laws=("equal", "zero", "dense", "symmetric", "deltas"),
+    laws=("equal", "zero", "dense", "deltas"),
 )
 def della(
     *,

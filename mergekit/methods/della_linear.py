@@ -16,7 +16,7 @@ from mergekit.methods.spec import Sparse, method
     paper="Deep et al. 2024, DELLA-Merging: reducing interference in model merging through magnitude-based sampling",
     url="https://arxiv.org/abs/2406.11617",
     params=task_parameters(normalize=False, rescale=True, more=(EPSILON,)),
-    laws=("equal", "zero", "dense", "symmetric", "deltas"),
+    laws=("equal", "zero", "dense", "deltas"),
 )
 def della_linear(
     *,

@@ -42,6 +42,8 @@ def form(method: Method) -> str:
     """What the method computes from what, and so what it costs: a sentence."""
     kind = method.form
     what = "the differences from the base" if kind.space == "deltas" and method.base != "ignored" else "the models"
+    if kind.space == "deltas" and method.base == "optional":
+        what += " (without one, of the models)"
     if isinstance(kind, Span) and not kind.gram:
         return f"A weighted sum of {what}, with weights known beforehand; one pass over the data."
     if isinstance(kind, Span):

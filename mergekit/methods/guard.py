@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from mergekit.errors import MergekitError, UsageError
-from mergekit.methods.rules import KeepRule, SparseMerge
+from mergekit.methods.rules import GroupTop, KeepRule, MagnitudeBand, SparseMerge
 from mergekit.methods.spec import Elementwise, Method, ParameterError, Span, Sparse, Vectors
 
 __all__ = ["guarded", "is_built_in", "rehearse"]
@@ -38,7 +38,11 @@ def guarded(method: Method, tensor: str, count: int) -> Method:
             try:
                 result = function(*args, **parameters)
                 wanted = expected(result, kept)
-            except (ParameterError, MergekitError, MemoryError):
+            except ParameterError as error:
+                if what == "its function" and not isinstance(form, Sparse) and not early(args):
+                    raise UsageError(f"{place}: {error}") from error
+                raise
+            except (MergekitError, MemoryError):
                 raise
             except (Exception, SystemExit) as error:
                 raise UsageError(f"{place}: {what} failed: {_said(error)}") from error
@@ -47,6 +51,10 @@ def guarded(method: Method, tensor: str, count: int) -> Method:
             return result
 
         return call
+
+    def early(args: tuple[Any, ...]) -> bool:
+        """Whether a call is one of planning, whose faults the planner gives a place in the recipe."""
+        return isinstance(form, Span) and args == (None,)
 
     if method.check:
         method = replace(method, check=hold(method.check, "its 'check'", lambda r, a: None))
@@ -93,7 +101,7 @@ def _span(result: Any, args: tuple[Any, ...], count: int) -> str | None:
     gram = args[0]
     shape = (count,) if gram is None else np.shape(gram)[:-1]
     try:
-        found = np.asarray(result, np.float64).shape
+        found = np.asarray(result, np.float64).shape if not np.iscomplexobj(result) else None
     except (TypeError, ValueError):
         found = None
     return None if found == shape else f"coefficients of shape {list(shape)}"
@@ -107,12 +115,28 @@ def _sparse(result: Any, count: int) -> str | None:
     fits = isinstance(result, SparseMerge) and len(result.keep) == len(result.weight) == count
     if not fits:
         return f"a SparseMerge of {count} rules and weights"
-    numbers = [*result.weight, result.factor]
-    numbers += [getattr(keep, "density", 0.0) for keep in result.keep]
-    finite = all(isinstance(x, (int, float, np.number)) and np.isfinite(x) for x in numbers)
+    parts = [number for keep in result.keep for number in _settings(keep)]
+    finite = all(map(_is_finite, [*result.weight, result.factor, *parts]))
     known = all(isinstance(keep, get_args(KeepRule)) for keep in result.keep)
-    fits = finite and known and result.rescale in ("none", "l1", "density")
-    return None if fits else "a SparseMerge of known rules, finite numbers and a known rescaling"
+    whole = all(
+        isinstance(number, int) and number >= 0
+        for keep in result.keep
+        if isinstance(keep, GroupTop)
+        for number in (keep.n, keep.m - 1)
+    )
+    bands = finite and all(keep.gamma >= 0 for keep in result.keep if isinstance(keep, MagnitudeBand))
+    words = result.rescale in ("none", "l1", "density") and result.elect in ("weighted", "unweighted")
+    flags = isinstance(result.consensus, bool) and isinstance(result.normalize, bool)
+    fits = finite and known and whole and bands and words and flags
+    return None if fits else "a SparseMerge of known rules, finite numbers, flags that are true or false, known words"
+
+
+def _settings(keep: Any) -> list[Any]:
+    return [getattr(keep, name) for name in ("density", "gamma", "epsilon", "n", "m") if hasattr(keep, name)]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and bool(np.isfinite(value))
 
 
 def _chunk(result: Any, args: tuple[Any, ...]) -> str | None:
@@ -133,7 +157,7 @@ def _sums(result: Any, args: tuple[Any, ...]) -> str | None:
 
 
 def _real(result: Any, args: tuple[Any, ...]) -> str | None:
-    return None if isinstance(result, (int, float)) else "a number"
+    return None if _is_finite(result) else "a number"
 
 
 def _number(result: Any, args: tuple[Any, ...]) -> str | None:

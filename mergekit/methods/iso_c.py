@@ -30,11 +30,13 @@ def _seconds(shape: tuple[int, ...], count: int, **parameters: object) -> float:
 def iso_c(x: list[Tensor], *, lambda_: float) -> Tensor:
     """The sum of the models' task vectors, its singular values replaced by their mean.
 
-    With sum_t x_t = U S V^T of rank r, the result is lambda mean(s_1 .. s_r) U V^T. Tensors that are no matrices are
-    averaged, and multiplied by lambda, too.
+    With sum_t x_t = U S V^T and r the smaller side of the matrix, the result is lambda mean(s_1 .. s_r) U V^T. Tensors
+    that are no matrices are averaged, and multiplied by lambda, too.
 
     All directions come out equally strong, those that hold only noise included. Directions that are absent (singular
-    values below 1e-6 of the largest) stay so.
+    values below 1e-6 of the largest) stay so, but count in the mean as the zeros that they are: task vectors of low
+    rank (LoRA) come out short, and stored in 16 bits they have full rank, which is mostly rounding. The method is made
+    for models that were fine-tuned whole.
 
     >>> import torch
     >>> x = [torch.diag(torch.tensor(d)) for d in ([3.0, 1.0], [0.0, -3.0])]

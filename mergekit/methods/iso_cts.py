@@ -39,7 +39,8 @@ def iso_cts(x: list[Tensor], *, lambda_: float, common_space_fraction: float) ->
     orthonormal ones (as in TSV-Merge); the result is lambda times the mean of all r singular values times U V^T.
     Tensors that are no matrices are averaged, and multiplied by lambda, too.
 
-    Directions that are absent (singular values below 1e-6 of the largest) stay so.
+    Directions that are absent (singular values below 1e-6 of the largest) stay so, but count in the mean as the zeros
+    that they are; see ``iso_c`` on task vectors of low rank.
 
     >>> import torch
     >>> x = [torch.diag(torch.tensor(d)) for d in ([3.0, 1.0], [1.0, 0.0])]

@@ -19,10 +19,14 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Real:
-    """A finite real number, within ``low`` and ``high`` where given. Text such as ``1e-5`` is read as a number."""
+    """A finite real number, within ``low`` and ``high`` where given. Text such as ``1e-5`` is read as a number.
+
+    ``usual``: the bounds beyond which a value is taken, but probably a mistake.
+    """
 
     low: float | None = None
     high: float | None = None
+    usual: tuple[float, float] | None = None
 
     def read(self, value: object) -> float:
         """``value`` as a float; ParameterError says what is wrong with it."""
@@ -49,7 +53,8 @@ class Real:
 
     def __str__(self) -> str:
         """The type as shown in help."""
-        return f"number{_bounds(self.low, self.high)}"
+        usual = f", usually{_bounds(*self.usual)}" if self.usual else ""
+        return f"number{_bounds(self.low, self.high)}{usual}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def multislerp(gram: np.ndarray, *, weight: tuple[float, ...], normalize_weights
     if normalize_weights:
         mass, share = mass / abs(float(share.sum())), share / share.sum()
     long = lengths(gram)
-    units = share / (long + eps)
+    units = np.where(long > 0, share / (long + eps), 0.0)
     mean = math.sqrt(max(0.0, float(units @ gram @ units)))
     if mean < max(eps, _LEAST_SHARE * mass):
         return share

@@ -46,8 +46,8 @@ def nuslerp(
 ) -> np.ndarray:
     """Interpolation along the great circle between two models, or between their task vectors if there is a base.
 
-    With t = w_1 / (w_0 + w_1) (1/2 if the sum is less than 1e-6) and theta the angle between two vectors, the
-    coefficients are sin((1-t) theta)/sin(theta) and sin(t theta)/sin(theta). Vectors on one line are interpolated
+    With t = w_1 / (w_0 + w_1) (1/2 if the sum's magnitude is less than 1e-6) and theta the angle between two vectors,
+    the coefficients are sin((1-t) theta)/sin(theta) and sin(t theta)/sin(theta). Vectors on one line are interpolated
     linearly: of the same direction (sin(theta) at most 1e-6, where both are the same), or opposite within 0.001, where
     the great circle between them would be chosen by rounding. One of length zero counts as orthogonal.
 

@@ -23,13 +23,14 @@ epsilon = once("epsilon", Real(0.0), 1e-5, help="differences from the base up to
     paper="Yuan et al. 2026, Behavior knowledge merge in reinforced agentic models",
     url="https://arxiv.org/abs/2601.13572",
     params=[epsilon],
-    laws=("equal", "symmetric", "deltas"),
+    laws=("equal", "symmetric"),
 )
 def ram(xp: Any, x: tuple[Any, ...], *, epsilon: float) -> Any:
     """The mean of each entry's changes, over the models that changed it.
 
     With d_i the differences from the base and c_i = [|d_i| > epsilon], the result is
-    base + sum_i c_i d_i / max(sum_i c_i, 1): what one model alone changed is kept at full size.
+    base + sum_i c_i d_i / max(sum_i c_i, 1): what one model alone changed is kept at full size. ``epsilon`` is
+    absolute: of models that moved by less than that everywhere nothing is merged, so lower it for slight fine-tunes.
 
     >>> import numpy as np
     >>> ram(np, (np.array([0.5, 0.0, 1e-6]), np.array([0.25, 0.125, 0.0])), epsilon=1e-5)

@@ -35,7 +35,7 @@ def _counts(xp: Any, x: tuple[Any, ...], *, epsilon: float, r: float, alpha: flo
         once("r", Real(), 0.1, help="how much entries that one model alone changed grow with its share of shared ones"),
         once("alpha", Real(), 0.2, help="the most that the ratio of shared to unique entries counts"),
     ],
-    laws=("equal", "symmetric", "deltas"),
+    laws=("equal", "symmetric"),
 )
 def ramplus_tl(xp: Any, x: tuple[Any, ...], sums: np.ndarray, *, epsilon: float, r: float, alpha: float) -> Any:
     """RAM whose unique changes are amplified, for models that share many of their changes with others.

@@ -154,7 +154,7 @@ def task_parameters(
     """
     params = [
         each("weight", Real(), help="coefficient of the model's task vector"),
-        each("density", Real(), 1.0, help="fraction of the task vector's entries to keep"),
+        each("density", Real(usual=(0, 1)), 1.0, help="fraction of the task vector's entries to keep"),
         *more,
         once(
             "normalize",

@@ -49,7 +49,7 @@ def _squares(xp: Any, x: tuple[Any, ...], *, select_topk: float) -> Any:
     paper="Wan et al. 2024, FuseChat: knowledge fusion of chat models",
     url="https://arxiv.org/abs/2408.07990",
     params=[
-        once("select_topk", Real(), 1.0, help="fraction of the entries on which models differ to keep"),
+        once("select_topk", Real(usual=(0, 1)), 1.0, help="fraction of the entries on which models differ to keep"),
         ignored("int8_mask", Flag(), help="changes nothing: sign masks are never stored"),
     ],
     laws=("equal", "symmetric", "deltas"),

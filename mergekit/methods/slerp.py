@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
+from mergekit.methods.angles import cosines
 from mergekit.methods.spec import Real, Span, method, once
 
-_LEAST_NORM = 1e-8
 _MOST_COSINE = 0.9995
 
 
@@ -29,13 +29,13 @@ def slerp(gram: np.ndarray, *, t: float) -> np.ndarray:
 
     With theta the angle between the tensors taken as vectors, the coefficients are
     sin((1-t) theta)/sin(theta) for the base and sin(t theta)/sin(theta) for the other model. Vectors that are nearly
-    parallel or antiparallel (|cos| > 0.9995) are interpolated linearly; one shorter than 1e-8 counts as orthogonal.
+    parallel or antiparallel (|cos| > 0.9995) are interpolated linearly; one of length zero counts as orthogonal. (In
+    arcee mergekit one shorter than 1e-8 does.)
 
     >>> slerp(np.eye(2), t=0.5).round(4)
     array([0.7071, 0.7071])
     """
-    lengths = [n if (n := math.sqrt(gram[i, i])) > _LEAST_NORM else 1.0 for i in (0, 1)]
-    cosine = min(1.0, max(-1.0, float(gram[0, 1]) / (lengths[0] * lengths[1])))
+    cosine = float(cosines(gram)[0, 1])
     if abs(cosine) > _MOST_COSINE:
         return np.array([1.0 - t, t])
     theta = math.acos(cosine)

@@ -165,7 +165,7 @@ LAWS: dict[Law, str] = {
     "equal": "inputs that are all the same give that tensor back",
     "zero": "weights of zero leave the base",
     "dense": "a density of 1 changes nothing before the deltas are combined",
-    "symmetric": "the order of the models does not matter",
+    "symmetric": "the order of the models does not matter, but for rounding",
     "deltas": "the change depends on the deltas only; those of a ten-thousandth of the weights keep their direction",
 }
 """What a method may promise. Each promise is held by the tests, and told in its reference."""
@@ -223,7 +223,12 @@ class Method:
 
 
 DELTA_OPTIONS: tuple[Parameter, ...] = (
-    once("lines_alpha", Real(), 1.0, help="factor on the merged delta in the first layer (LiNeS, arXiv 2410.17146)"),
+    once(
+        "lines_alpha",
+        Real(),
+        1.0,
+        help="factor on the merged delta in the first layer and outside the layers (LiNeS, arXiv 2410.17146)",
+    ),
     once("lines_beta", Real(), 0.0, help="what is added to that factor until the last layer"),
     once(
         "weighting",
@@ -237,7 +242,8 @@ DELTA_OPTIONS: tuple[Parameter, ...] = (
         Real(1e-6),
         None,
         help="calibrate the singular values of merged matrices (SVC, arXiv 2602.05536) with this alpha: 1 only shrinks "
-        "directions that models share, less lets others grow; needs torch",
+        "directions that models share, less lets others grow; against the unweighted task vectors of the models whose "
+        "weight is not 0, before lambda; needs torch",
     ),
 )
 F = TypeVar("F", bound=Callable[..., Any])
@@ -245,7 +251,9 @@ REGISTRY: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Make a method known. UsageError if another has its name."""
+    """Make a method known. UsageError if another has its name, or the name is none."""
+    if not isinstance(method.name, str) or not method.name.strip():
+        raise UsageError(f"{method.name!r} is no name for a merge method")
     if method.name in REGISTRY:
         raise UsageError(f"a merge method called '{method.name}' is registered already")
     REGISTRY[method.name] = method

@@ -22,7 +22,8 @@ from mergekit.methods.spec import Span, method
 def task_arithmetic(gram: None, *, weight: tuple[float, ...], normalize: bool, lambda_: float) -> np.ndarray:
     """Weighted sum of the models' differences from the base, added to the base.
 
-    base + lambda * sum_i w_i (x_i - base), the sum divided by sum_i w_i when ``normalize`` (unless that is zero).
+    base + lambda * sum_i w_i (x_i - base), the sum divided by sum_i w_i when ``normalize`` (unless that
+    is below 1e-8).
 
     >>> task_arithmetic(None, weight=(1.0, 0.5), normalize=False, lambda_=2.0)
     array([2., 1.])

@@ -43,7 +43,7 @@ def _seconds(shape: tuple[int, ...], count: int, *, solver: str, steps: int, **o
     paper="Cheng et al. 2025, Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task "
     "Vectors",
     url="https://arxiv.org/abs/2503.08099",
-    laws=("equal", "symmetric", "deltas"),
+    laws=("equal", "symmetric"),
     params=[
         once(
             "solver",

@@ -53,7 +53,7 @@ def _block(value: Any) -> str:
 
 
 def _summary(models: Sequence[str], merged: Figures) -> dict[str, Any]:
-    """The figures of all merged tensors taken as one vector; shares are weighted by elements."""
+    """The figures of all merged tensors taken as one vector; None where one of them is not finite."""
     all_figures = list(merged.values())
     found: dict[str, Any] = {
         "tensors": len(merged),
@@ -63,40 +63,63 @@ def _summary(models: Sequence[str], merged: Figures) -> dict[str, Any]:
     }
     change = [f for f in all_figures if "change" in f]
     if change:
-        elements, squares = sum(f["elements"] for f in change), sum(f["change"] ** 2 for f in change)
+        shared = [f["shared"] * f["elements"] for f in change]
+        torn = sum(n * f["sign_conflict"] for n, f in zip(shared, change, strict=True))
         found["change"] = _length(f["change"] for f in change)
-        found["sign_conflict"] = _share(sum(f["sign_conflict"] * f["elements"] for f in change), elements, 0.0)
-        found["survival"] = _share(sum(f["survival"] * f["change"] ** 2 for f in change), squares, 1.0)
+        found["sign_conflict"] = _share(torn, sum(shared), 0.0)
+        squares = [None if f["change"] is None else f["change"] ** 2 for f in change]
+        left = [_times(f["survival"], square) for f, square in zip(change, squares, strict=True)]
+        found["survival"] = _share(_sum(left), _sum(squares), 1.0)
         found["deltas"], found["cosines"] = _between(models, change)
     return found
 
 
-def _between(models: Sequence[str], change: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+def _between(
+    models: Sequence[str], change: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Each model's distance from the base, and the cosine between each two models' deltas, over all tensors."""
-    squares: dict[int, float] = {}
-    products: dict[tuple[int, int], float] = {}
+    lengths: dict[int, list[float | None]] = {}
+    products: dict[tuple[int, int], list[float | None]] = {}
     for figures in change:
-        others, lengths = figures["models"][1:], figures["deltas"]
-        for model, length in zip(others, lengths, strict=True):
-            squares[model] = squares.get(model, 0.0) + length**2
+        others = figures["models"][1:]
+        for model, length in zip(others, figures["deltas"], strict=True):
+            lengths.setdefault(model, []).append(length)
         pairs = itertools.combinations(range(len(others)), 2)
         for (a, b), cosine in zip(pairs, figures["cosines"], strict=True):
             pair = min(others[a], others[b]), max(others[a], others[b])
-            products[pair] = products.get(pair, 0.0) + cosine * lengths[a] * lengths[b]
-    deltas = {models[model]: _short(math.sqrt(squares[model])) for model in sorted(squares)}
+            part = _times(cosine, _times(figures["deltas"][a], figures["deltas"][b]))
+            products.setdefault(pair, []).append(part)
+    squares = {model: _sum([_times(x, x) for x in found]) for model, found in lengths.items()}
+    deltas = {models[model]: _length(lengths[model]) for model in sorted(lengths)}
     cosines = {
-        f"{models[a]}, {models[b]}": _share(products[a, b], math.sqrt(squares[a] * squares[b]), 0.0)
+        f"{models[a]}, {models[b]}": _share(_sum(products[a, b]), _root(_times(squares[a], squares[b])), 0.0)
         for a, b in sorted(products)
     }
     return deltas, cosines
 
 
-def _share(part: float, whole: float, otherwise: float) -> float:
+def _times(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _root(value: float | None) -> float | None:
+    return None if value is None else math.sqrt(value)
+
+
+def _share(part: float | None, whole: float | None, otherwise: float) -> float | None:
+    if part is None or whole is None:
+        return None
     return _short(part / whole) if whole else otherwise
 
 
-def _length(lengths: Iterable[float]) -> float:
-    return _short(math.sqrt(sum(length**2 for length in lengths)))
+def _length(lengths: Iterable[float | None]) -> float | None:
+    total = _root(_sum([_times(length, length) for length in lengths]))
+    return None if total is None else _short(total)
 
 
 def _short(value: float) -> float:
@@ -106,7 +129,7 @@ def _short(value: float) -> float:
 def lost_to_rounding(plan: Plan, figures: Figures) -> Sequence[str]:
     """A warning if rounding to the nearest number ate more than a tenth of the change of some tensors."""
     short = {o.name: o.dtype.name for o in plan.outputs if o.dtype.size < F32.size}
-    survival = {n: f["survival"] for n, f in figures.items() if n in short and "survival" in f}
+    survival = {n: f["survival"] for n, f in figures.items() if n in short and f.get("survival") is not None}
     lost = {name: share for name, share in survival.items() if share < _LEAST_SURVIVAL}
     if not lost or plan.rounding != "nearest":
         return []
