@@ -55,7 +55,12 @@ def _flag(field: str, default: bool, help: str, section: str, *, unused: str | N
 
 _STREAMS = "tensors are always read lazily, block by block"
 OPTIONS: tuple[Option, ...] = (
-    _flag("copy_tokenizer", True, "Copy the tokenizer files of the base (or first) model.", "Output"),
+    _flag(
+        "copy_tokenizer",
+        True,
+        "Copy the tokenizer of the base (or first) model.",
+        "Output",
+    ),
     Option(
         "out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str
     ),
@@ -143,7 +148,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _flag("allow_nonfinite", False, "Go on when a computed tensor holds NaN or infinity.", "Dangerous"),
     _flag("allow_crimes", False, "Merge models of different architectures.", "Dangerous"),
-    _flag("unsafe_truncate_embeddings", False, "Cut embeddings even below the tokenizer's ids.", "Dangerous"),
+    _flag("unsafe_truncate_embeddings", False, "Cut embeddings of different sizes to the smallest.", "Dangerous"),
     _flag("trust_remote_code", False, "Run a tokenizer's own code (only mixtures use one).", "Dangerous"),
     Option("verbosity", ("-v", "--verbose"), 0, "Print the plan before the merge starts.", "Messages", "count"),
     _flag("quiet", False, "No progress and no notes; warnings and errors only.", "Messages"),

@@ -125,7 +125,7 @@ def test_quiet_prints_warnings_only():
     assert result.code == 0
     assert result.out == ""
     assert result.lines() == result.lines("warning") == [
-        "warning: r.yml:11:27: 'ties' has no parameter 't' (it belongs to slerp); ignored"
+        "warning: r.yml:11:27: 'ties' has no parameter 't' (it belongs to slerp, nearswap); ignored"
     ]  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_the_flags_are_frozen():
     assert flags(merge_command) == {*FLAGS, "--dry-run", "--version"}
     assert flags(plan_command) == {*FLAGS, "--json"}
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--version"}
-    assert list(_COMMANDS) == ["merge", "moe", "lora", "plan", "methods", "warmup"]
+    assert list(_COMMANDS) == ["merge", "moe", "lora", "plan", "tokenizer", "methods", "warmup"]
 
 
 COMMON = {

@@ -286,7 +286,7 @@ def test_parameters_of_the_base_are_ignored_with_a_warning():
 def test_parameters_of_another_method_are_ignored_with_a_warning():
     plan = mergekit.plan(ties(t=0.5))
     assert plan.warnings == (
-        "recipe.models.1.parameters.t: 'ties' has no parameter 't' (it belongs to slerp); ignored",
+        "recipe.models.1.parameters.t: 'ties' has no parameter 't' (it belongs to slerp, nearswap); ignored",
     )
 
 

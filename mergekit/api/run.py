@@ -41,7 +41,7 @@ class Hooks:
 def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks: Hooks | None = None) -> list[str]:
     """Execute ``plan`` into ``folder``; returns remarks made on the way."""
     from mergekit.execute import run_threads
-    from mergekit.output import STATS, Staging, lost_to_rounding, stats_text
+    from mergekit.output import STATS, Staging, lost_to_rounding, stats_text, vocabulary_faults
 
     options, hooks = options or RunOptions(), hooks or Hooks()
     _check_places(plan, folder)
@@ -68,7 +68,8 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         if plan.statistics and staging.figures:
             more = [(STATS, stats_text(plan, staging.figures)), *more]
         staging.publish([*more, *_documents(plan, folder, options, hooks)])
-        return [*lost_to_rounding(plan, staging.figures), *staging.notes]
+        faults = [f"check: {fault}" for fault in vocabulary_faults(folder, plan)]
+        return [*faults, *lost_to_rounding(plan, staging.figures), *staging.notes]
 
 
 def _weighted(plan: Plan, staging: Path, kernels: Any, options: RunOptions) -> Plan:

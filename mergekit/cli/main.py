@@ -14,6 +14,7 @@ _COMMANDS = {
     "moe": "Make a mixture of experts from dense models.",
     "lora": "Bake LoRA adapters into models.",
     "plan": "Print what merging a recipe would do.",
+    "tokenizer": "Compare the tokenizers of models.",
     "methods": "List or explain the merge methods.",
     "warmup": "Compile the CPU kernels ahead of the first merge.",
 }

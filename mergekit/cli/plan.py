@@ -54,6 +54,15 @@ def report(plan: Plan, *, notes: Iterable[str]) -> None:
         say(f"note: {text}")
 
 
+def _small_files(plan: Plan) -> list[str]:
+    """Where the small files come from, a line for each source."""
+    by_source: dict[int, list[str]] = {plan.donor: ["config.json"]}
+    for source, name in plan.files:
+        by_source.setdefault(source, []).append(name)
+    lines = [f"  {', '.join(names)} from {plan.sources[source].reference}" for source, names in by_source.items()]
+    return lines + ([f"  {', '.join(name for name, _ in plan.texts)} written anew"] if plan.texts else [])
+
+
 def plan_lines(plan: Plan, options: Any) -> list[str]:
     """A plan for people: models, groups of like tensors with their parameters, files, sizes."""
     from mergekit import api
@@ -70,8 +79,7 @@ def plan_lines(plan: Plan, options: Any) -> list[str]:
     lines += [f"  {shard.name}  {size(shard.size)}" for shard in plan.shards[:6]]
     if len(plan.shards) > 6:
         lines.append(f"  and {len(plan.shards) - 6} more shards")
-    donor = plan.sources[plan.donor].reference
-    lines.append(f"  {', '.join(['config.json', *(name for _, name in plan.files)])} from {donor}")
+    lines += _small_files(plan)
     if plan.left_out:
         lines.append(f"  {len(plan.left_out)} input tensors are not used (--json lists them)")
     lines.append(

@@ -14,9 +14,9 @@ import numpy as np
 
 from mergekit.dtypes import F32, DType
 from mergekit.execute.inputs import Inputs, read_floats
-from mergekit.planning.plan import Bake, Dequantize4, Leaf, Quantize4, Read, shape_of
+from mergekit.planning.plan import Bake, Dequantize4, Leaf, Quantize4, Read, Rows, shape_of
 
-__all__ = ["BakeReader", "Dequantize4Reader", "Quantize4Reader", "held_bytes"]
+__all__ = ["BakeReader", "Dequantize4Reader", "Once", "Quantize4Reader", "held_bytes"]
 
 _RUN = 1 << 18
 """Elements that are read at once where a whole tensor has to be seen first."""
@@ -26,8 +26,11 @@ Value = TypeVar("Value")
 
 def held_bytes(leaf: Leaf) -> int:
     """Bytes that the readers of a leaf hold for as long as its tensor is worked on."""
+    if isinstance(leaf, Rows):
+        return leaf.table.rows * leaf.table.inputs * 4 + sum(held_bytes(part) for part in leaf.inputs)
     held = 0
     while not isinstance(leaf, Read):
+        assert not isinstance(leaf, Rows), "rows are gathered last"
         if isinstance(leaf, Bake):
             rows = max(shape_of(leaf)[0], 1)
             # Decoded, and once more while they are rearranged; norms and factors of DoRA.
@@ -47,7 +50,7 @@ def _size(leaf: Leaf) -> int:
     return size
 
 
-class _Once(Generic[Value]):
+class Once(Generic[Value]):
     """A value that the first thread to ask computes, while others wait."""
 
     def __init__(self, make: Callable[[], Value]) -> None:
@@ -91,8 +94,8 @@ class BakeReader:
         self._input = inputs.reader(leaf.input)
         self._rows, self._columns = shape_of(leaf)
         self._factors_by_row = not leaf.transposed
-        self._matrices = _Once(self._load)
-        self._factors = _Once(self._measure)
+        self._matrices = Once(self._load)
+        self._factors = Once(self._measure)
 
     def read(self, start: int, count: int, row: np.ndarray) -> None:
         from mergekit.kernels import lora
@@ -143,7 +146,7 @@ class Quantize4Reader:
         self._code = _code(leaf.dtype)
         self._table, self._bounds = levels(leaf.scheme.removesuffix("-double"))
         self._is_double = leaf.scheme.endswith("-double")
-        self._scales = _Once(self._measure)
+        self._scales = Once(self._measure)
 
     def read(self, start: int, count: int, row: np.ndarray) -> None:
         from mergekit.kernels.four_bit import BLOCK, requantize
@@ -187,7 +190,7 @@ class Dequantize4Reader:
     def __init__(self, inputs: Inputs, leaf: Dequantize4) -> None:
         self._inputs, self._leaf = inputs, leaf
         self._packed, self._code = inputs.reader(leaf.input), _code(leaf.dtype)
-        self._tables = _Once(self._load)
+        self._tables = Once(self._load)
 
     def read(self, start: int, count: int, row: np.ndarray) -> None:
         from mergekit.kernels.four_bit import unpack

@@ -10,6 +10,7 @@ import numpy as np
 from mergekit.dtypes import F8_E4M3, F32
 from mergekit.execute.adapted import BakeReader, Dequantize4Reader, Quantize4Reader
 from mergekit.execute.inputs import Inputs, Reader, read_floats
+from mergekit.execute.rows import RowsReader
 from mergekit.planning.plan import (
     Bake,
     Dequantize,
@@ -18,6 +19,7 @@ from mergekit.planning.plan import (
     Noise,
     PermuteScale,
     Quantize4,
+    Rows,
     Split,
     row_size,
 )
@@ -27,6 +29,8 @@ __all__ = ["derived_reader"]
 
 def derived_reader(inputs: Inputs, leaf: Leaf) -> Reader:
     """The reader of a leaf that is no plain tensor."""
+    if isinstance(leaf, Rows):
+        return RowsReader(inputs, leaf)
     if isinstance(leaf, Split):
         return _SplitReader(inputs.reader(leaf.input), leaf.start * row_size(leaf))
     if isinstance(leaf, Dequantize):

@@ -6,7 +6,7 @@ from mergekit.execute.adapted import held_bytes
 from mergekit.execute.merge_work import work_class
 from mergekit.execute.norms import is_weighted
 from mergekit.execute.work import BLOCK_BYTES
-from mergekit.planning.plan import Apply, Bake, Dequantize4, Leaf, OutputTensor, Plan, Quantize4, Read, inputs_of
+from mergekit.planning.plan import Apply, Bake, Dequantize4, Leaf, OutputTensor, Plan, Quantize4, Read, Rows, inputs_of
 
 __all__ = ["buffer_bytes", "forms"]
 
@@ -38,6 +38,9 @@ def forms(plan: Plan) -> list[str]:
 
 
 def _is_adapted(leaf: Leaf) -> bool:
+    if isinstance(leaf, Rows):
+        return any(_is_adapted(part) for part in leaf.inputs)
     while not isinstance(leaf, Read | Bake | Quantize4 | Dequantize4):
+        assert not isinstance(leaf, Rows), "rows are gathered last"
         leaf = leaf.input
     return not isinstance(leaf, Read)

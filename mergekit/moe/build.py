@@ -168,7 +168,7 @@ def _shared(recipe: MoeRecipe, models: Models, options: PlanOptions, dtype: DTyp
     )
     base = None if merge.config.base_model is None else models.position(merge.config.base_model)
     view = dataclasses.replace(models, base=base)
-    expresser = Expresser(merge, view, options.unsafe_truncate_embeddings)
+    expresser = Expresser(merge, view, None, options.unsafe_truncate_embeddings)
     made = {}
     try:
         for slot in find_slots(merge, view).slots:

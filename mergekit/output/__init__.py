@@ -5,6 +5,7 @@ Here: writing. Not here: computing, or deciding what to write (``planning`` does
 """
 
 from mergekit.output.card import model_card
+from mergekit.output.check import vocabulary_faults
 from mergekit.output.journal import was_publishing
 from mergekit.output.staging import STAGING, Staging, holds_weights
 from mergekit.output.stats import STATS, lost_to_rounding, stats_text
@@ -17,5 +18,6 @@ __all__ = [
     "lost_to_rounding",
     "model_card",
     "stats_text",
+    "vocabulary_faults",
     "was_publishing",
 ]

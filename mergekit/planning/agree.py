@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from mergekit.planning.models import Model, Models
+from mergekit.planning.vocabulary import Alignment
+from mergekit.vocab import Vocabulary
+from mergekit.vocab.templates import chat_template
 
-__all__ = ["disagreements", "same_tokenizer"]
+__all__ = ["disagreements"]
 
 _ABSENCE_COUNTS = ("rope scaling", "sliding window", "chat template")
 """Facts where saying nothing says something: plain rope, no window, no template."""
+_OF_THE_TOKENIZER = ("end-of-text token", "chat template")
 
 
-def disagreements(models: Models) -> list[str]:
-    """A warning for each fact on which a model differs from the donor, saying whose was taken."""
+def disagreements(models: Models, alignment: Alignment | None = None, *, has_template: bool = False) -> list[str]:
+    """A warning for each fact on which a model differs from the one that it is taken from, which it names.
+
+    That is the donor, and for facts of the tokenizer its owner. ``has_template``: the recipe chooses the chat template.
+    """
     donor = models[models.donor]
-    mine = _facts(donor)
+    owner = donor if alignment is None else models[alignment.owner]
+    facts = [_facts(model) for model in models.models]
+    if alignment is not None:
+        for mine, vocabulary in zip(facts, alignment.own, strict=True):
+            mine["end-of-text token"] = _tokens(mine["end-of-text token"], vocabulary)
+    if has_template:
+        for mine in facts:
+            del mine["chat template"]
     found = []
-    for model in models.models:
-        if model is donor:
-            continue
-        theirs = _facts(model)
-        for fact, value in mine.items():
-            other = theirs.get(fact)
+    for model, theirs in zip(models.models, facts, strict=True):
+        for fact in theirs:
+            taken = owner if fact in _OF_THE_TOKENIZER else donor
+            value, other = facts[models.models.index(taken)][fact], theirs[fact]
             is_known = value is not None and other is not None
-            if value != other and (is_known or fact in _ABSENCE_COUNTS):
+            if model is not taken and value != other and (is_known or fact in _ABSENCE_COUNTS):
                 found.append(
-                    f"{fact} differs: {donor.reference.short} has {_show(value)}, {model.reference.short} has "
-                    f"{_show(other)}; {donor.reference.short}'s is taken"
+                    f"{fact} differs: {taken.reference.short} has {_show(value)}, {model.reference.short} has "
+                    f"{_show(other)}; {taken.reference.short}'s is taken"
                 )
     return found
+
+
+def _tokens(ids: Any, vocabulary: Vocabulary) -> Any:
+    """Token ids as tokens, which compare across vocabularies."""
+    if isinstance(ids, list):
+        return [_tokens(i, vocabulary) for i in ids]
+    return vocabulary.by_id.get(ids, ids) if isinstance(ids, int) else ids
 
 
 def _show(value: Any) -> str:
@@ -57,7 +75,7 @@ def _facts(model: Model) -> dict[str, Any]:
         "activation": section.get("hidden_act", section.get("activation_function")),
         "sliding window": section.get("sliding_window"),
         "end-of-text token": _eos(config, folder),
-        "chat template": _chat_template(folder),
+        "chat template": chat_template(folder),
     }
 
 
@@ -76,27 +94,3 @@ def _eos(config: Mapping[str, Any], folder: Path) -> Any:
     path = folder / "generation_config.json"
     value = read_json(path).get("eos_token_id") if path.is_file() else None
     return value if value is not None else config.get("eos_token_id")
-
-
-def _chat_template(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        from mergekit.checkpoint import read_json
-
-        value = read_json(path).get("chat_template")
-        return value.strip() if isinstance(value, str) else None
-    return None
-
-
-def same_tokenizer(models: Models) -> bool:
-    """Whether every model that has a ``tokenizer.json`` has the same one, byte for byte, and all have one."""
-    digests = set()
-    for position in range(len(models.models)):
-        path = models.tokenizer_of(position)[1] / "tokenizer.json"
-        if not path.is_file():
-            return False
-        digests.add(blake2b(path.read_bytes()).digest())
-    return len(digests) == 1

@@ -21,6 +21,7 @@ from mergekit.planning.plan import (
     Plan,
     Quantize4,
     Read,
+    Rows,
     Split,
     leaves,
 )
@@ -81,6 +82,9 @@ def _action(expression: Expression) -> tuple[str, tuple[int, ...]]:
 def _steps(leaf: Leaf) -> Iterator[str]:
     """What is done to a tensor, in the order in which it is done."""
     if isinstance(leaf, Read):
+        return
+    if isinstance(leaf, Rows):
+        yield "gather rows"
         return
     yield from _steps(leaf.input)
     if isinstance(leaf, Quantize4):

@@ -12,12 +12,22 @@ from typing import Any
 from mergekit.checkpoint import is_weight_file
 from mergekit.dtypes import DType
 from mergekit.errors import IncompatibleError
-from mergekit.families.config import ids_beyond, is_tied, set_dtype, set_tied, set_vocabulary, vocab_size
+from mergekit.families.config import (
+    ids_beyond,
+    is_tied,
+    language_section,
+    set_dtype,
+    set_tied,
+    set_vocabulary,
+    vocab_size,
+)
 from mergekit.families.layout import is_embedding, is_head
 from mergekit.families.stacking import stack_layers
 from mergekit.planning.express import Expresser, Made
-from mergekit.planning.models import Model, Models
+from mergekit.planning.models import Models
 from mergekit.planning.slots import Slots
+from mergekit.planning.vocabulary import Alignment
+from mergekit.vocab.special import settle_token_ids
 
 __all__ = ["TOKENIZER_FILES", "donor_files", "files_to_copy", "make_config"]
 
@@ -60,8 +70,10 @@ def make_config(
     rows = expresser.rows if slots.layers is None else _stacked_vocabulary(made, expresser.rows)
     if rows is not None and vocab_size(config) != rows:
         set_vocabulary(config, rows)
-    if expresser.rows is not None:
-        warnings += _settle_token_ids(config, expresser.rows, donor, unsafe=expresser.truncate)
+    if expresser.alignment is not None:
+        warnings += _follow_vocabulary(config, expresser.alignment)
+    elif expresser.rows is not None:
+        warnings += _drop_token_ids(config, expresser.rows)
     warnings += _settle_tying(config, models, slots)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n", warnings
 
@@ -80,15 +92,23 @@ def _stacked_vocabulary(made: Sequence[Made], cut: int | None) -> int | None:
     return embedding.shape[0]
 
 
-def _settle_token_ids(config: dict[str, Any], rows: int, donor: Model, *, unsafe: bool) -> list[str]:
-    """Refuse special tokens beyond embeddings that were cut (a model with such a pad_token_id can't even be loaded)."""
+def _follow_vocabulary(config: dict[str, Any], alignment: Alignment) -> list[str]:
+    """Bring the ids of special tokens in line with the output's vocabulary."""
+    owner = alignment.models[alignment.owner].config
+    before, output = alignment.own[alignment.models.donor], alignment.output
+    section = language_section(config)
+    parts = [config] if section is config or not isinstance(section, dict) else [config, section]
+    warnings = []
+    for part in parts:
+        given = owner if part is config else language_section(owner)
+        warnings += settle_token_ids(part, given, before, output, alignment.rows)
+    return [f"config.json: {text}" for text in dict.fromkeys(warnings)]
+
+
+def _drop_token_ids(config: dict[str, Any], rows: int) -> list[str]:
+    """Make special tokens beyond embeddings that were cut null: with such a pad_token_id a model can't be loaded."""
     beyond = ids_beyond(config, rows)
     for section, key in beyond:
-        if not unsafe:
-            raise IncompatibleError(
-                f"the embeddings would be cut to {rows} rows, but {key} of {donor.reference.short} is {section[key]}; "
-                "make a model with the smaller vocabulary the base, or pass --unsafe-truncate-embeddings"
-            )
         section[key] = None
     return [f"config.json: '{key}' is null, because the row of that token was cut" for _, key in beyond]
 
@@ -116,9 +136,9 @@ def _main_dtype(made: Sequence[Made]) -> DType:
     return max(shares, key=lambda d: shares[d])
 
 
-def donor_files(models: Models, *, tokenizer: bool) -> tuple[tuple[int, str], ...]:
-    """The small files to copy, as (source, name): the donor's, and a tokenizer that fits its embeddings."""
-    source, folder = models.tokenizer_of(models.donor)
+def donor_files(models: Models, *, tokenizer: bool, owner: int | None = None) -> tuple[tuple[int, str], ...]:
+    """The small files to copy, as (source, name): the donor's, and the tokenizer of ``owner`` (default: the donor)."""
+    source, folder = models.tokenizer_of(models.donor if owner is None else owner)
     names = files_to_copy(models[models.donor].checkpoint.folder, tokenizer=tokenizer and source == models.donor)
     files = [(models.donor, name) for name in names]
     if tokenizer and source != models.donor:

@@ -12,18 +12,23 @@ from mergekit.dtypes import DType, promote, recipe_dtype
 from mergekit.errors import IncompatibleError
 from mergekit.families.config import vocab_size
 from mergekit.families.layout import is_embedding, is_head
-from mergekit.methods import ParameterError
+from mergekit.methods import Flag, Method, ParameterError, get_method
 from mergekit.methods.guard import guarded, rehearse
 from mergekit.methods.spectral import matrix_shape
 from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Models
 from mergekit.planning.plan import Apply, Expression, Identical, Leaf, Read, Split
 from mergekit.planning.slots import Contribution, Slot
-from mergekit.recipe import Recipe
+from mergekit.planning.vocabulary import Alignment
+from mergekit.recipe import EMBED_SLERP, Recipe
 from mergekit.recipe.resolve import InputScope, MissingParameterError, resolve_parameters
+from mergekit.recipe.settings import evaluate_setting
 from mergekit.refs import ModelReference
 
 __all__ = ["Expresser", "Made", "cast"]
+
+_HALFWAY = 0.5
+"""The t of ``embed_slerp`` where a recipe gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Expresser:
 
     recipe: Recipe
     models: Models
+    alignment: Alignment | None
     truncate: bool
     warnings: dict[str, list[str]] = field(default_factory=dict)
     rows: int | None = None
@@ -73,7 +79,9 @@ class Expresser:
         base = next((i for i, c in enumerate(present) if c.model == slot.base), None)
         if len(present) == 1 and self._passes_alone(slot, present[0]):
             return Made(slot.name, shape, dtype, cast(leaves[0], dtype))
-        method = self.recipe.method
+        method = self._method(slot, present)
+        if method is not self.recipe.method and base is None:
+            base = 0  # embed_slerp goes from the first model to the second
         if method.base == "required" and base is None:
             raise IncompatibleError(
                 f"cannot merge {slot.name}: '{method.name}' needs the base's copy, and the base lacks it"
@@ -84,7 +92,7 @@ class Expresser:
         order = list(range(len(present)))
         if method.base != "ignored" and base is not None:
             order = [base, *(i for i in order if i != base)]
-        values = self._parameters(slot, present, base, order)
+        values = self._parameters(method, slot, present, base, order)
         options = {p.argument: values.pop(p.argument) for p in method.options}
         apply = Apply(
             method.name,
@@ -96,7 +104,7 @@ class Expresser:
             weighting=options.get("weighting", "none"),
             svc=options.get("svc") if matrix_shape(shape) else None,
         )
-        return Made(slot.name, shape, dtype, self._simplify(slot, apply, values, dtype))
+        return Made(slot.name, shape, dtype, self._simplify(method, slot, apply, values, dtype))
 
     def _with_missing(self, slot: Slot, present: list[Contribution]) -> list[Contribution]:
         """Models that lack a tensor take no part in it, with a warning; a stand-in for a tied head needs none."""
@@ -112,6 +120,21 @@ class Expresser:
         if self.recipe.method.lone == "pass":
             return True
         return self.recipe.method.base == "required" and only.model == slot.base
+
+    def _method(self, slot: Slot, present: Sequence[Contribution]) -> Method:
+        """The method that merges a slot: the recipe's, but for embeddings that ``embed_slerp`` asks for."""
+        if self.alignment is None or not self._has_vocabulary(slot.name, present):
+            return self.recipe.method
+        scopes = [scope for scope in (slot.scope, *slot.outer) if EMBED_SLERP in scope]
+        found = (evaluate_setting(slot.name, scope[EMBED_SLERP], slot.t, Flag()) for scope in scopes)
+        if not next((value for value in found if value is not None), False):
+            return self.recipe.method
+        if len(present) != 2:
+            raise self.recipe.fault(
+                f"'{EMBED_SLERP}' interpolates between two models, but {slot.name} is merged from {len(present)}",
+                *slot.path,
+            )
+        return get_method("slerp")
 
     def _enough(self, slot: Slot, present: Sequence[Contribution], base: int | None) -> bool:
         """Whether the method can merge the inputs that there are; else the tensor is refused, or skipped (False)."""
@@ -144,6 +167,9 @@ class Expresser:
     def _leaves(
         self, slot: Slot, present: Sequence[Contribution], infos: Sequence[TensorInfo]
     ) -> tuple[list[Leaf], tuple[int, ...]]:
+        if self.alignment is not None and self._has_vocabulary(slot.name, present):
+            self.rows = self.alignment.rows
+            return self.alignment.leaves(slot.name, present), (self.rows, *infos[0].shape[1:])
         reads: list[Leaf] = [leaf_of(self.models, c.model, info.name) for c, info in zip(present, infos, strict=True)]
         shapes = {info.shape for info in infos}
         if len(shapes) == 1:
@@ -151,6 +177,12 @@ class Expresser:
         rest = {shape[1:] for shape in shapes}
         if len(rest) == 1 and all(shape for shape in shapes) and self._has_vocabulary(slot.name, present):
             rows = min(shape[0] for shape in shapes)
+            if not self.truncate:
+                raise IncompatibleError(
+                    f"cannot merge {slot.name}: the vocabularies differ in size" + self._table(slot) + "\nConfigure a "
+                    "tokenizer ('tokenizer_source: union' or 'base'), or pass --unsafe-truncate-embeddings to keep "
+                    f"the first {rows} rows."
+                )
             self.rows = rows if self.rows is None else min(self.rows, rows)
             self._warn(f"vocabularies differ in size: only the first {rows} rows are kept", slot.name)
             return [self._cut(leaf, info, rows) for leaf, info in zip(reads, infos, strict=True)], (
@@ -168,10 +200,15 @@ class Expresser:
         return Split(leaf, 0, rows)
 
     def _has_vocabulary(self, name: str, present: Sequence[Contribution]) -> bool:
+        """Whether the rows of a tensor belong to tokens: embeddings, heads, and biases of heads."""
         if is_embedding(name) or is_head(name):
             return True
-        sizes = [vocab_size(self.models[c.model].config) for c in present]
-        return all(c.info is not None and c.info.shape[0] == size for c, size in zip(present, sizes, strict=True))
+        for c in present:
+            model = self.models[c.model]
+            size = vocab_size(model.config)
+            if c.info is None or c.info.shape != (size,) or model.layout.place(c.info.name).stack is not None:
+                return False
+        return name.endswith("bias")
 
     def _dtype(self, infos: Sequence[TensorInfo]) -> DType:
         config = self.recipe.config
@@ -180,7 +217,7 @@ class Expresser:
         return chosen or promote(info.dtype for info in infos)
 
     def _parameters(
-        self, slot: Slot, present: Sequence[Contribution], base: int | None, order: Sequence[int]
+        self, method: Method, slot: Slot, present: Sequence[Contribution], base: int | None, order: Sequence[int]
     ) -> dict[str, Any]:
         scopes = [
             InputScope(
@@ -192,14 +229,15 @@ class Expresser:
             for i in order
         ]
         try:
-            return resolve_parameters(self.recipe.method, slot.name, slot.t, scopes, slot.scope, slot.outer)
+            outer = slot.outer if method is self.recipe.method else (*slot.outer, {"t": _HALFWAY})
+            return resolve_parameters(method, slot.name, slot.t, scopes, slot.scope, outer)
         except MissingParameterError as error:
             whose = "" if error.index is None else f" for {self.models[present[order[error.index]].model].reference}"
             where = (
                 "under 'parameters'" if error.index is None else "under the model's 'parameters', or at the top level"
             )
             raise self.recipe.fault(
-                f"'{self.recipe.method.name}' needs '{error.name}'{whose} (tensor {slot.name}); give it {where}",
+                f"'{method.name}' needs '{error.name}'{whose} (tensor {slot.name}); give it {where}",
                 *self._place(slot, None if error.index is None else present[order[error.index]]),
             ) from None
         except ParameterError as error:
@@ -217,9 +255,10 @@ class Expresser:
         found = [i for i, entry in enumerate(entries) if ModelReference.model_validate(entry["model"]) == reference]
         return (*path, found[0]) if found else slot.path
 
-    def _simplify(self, slot: Slot, apply: Apply, parameters: dict[str, Any], dtype: DType) -> Expression:
+    def _simplify(
+        self, method: Method, slot: Slot, apply: Apply, parameters: dict[str, Any], dtype: DType
+    ) -> Expression:
         """Call the method where it needs no data: faults show now, and a plain copy is planned as one."""
-        method = self.recipe.method
         count = len(apply.inputs) - (apply.has_base and method.form.space == "deltas")
         try:
             only = rehearse(guarded(method, slot.name, count), parameters)

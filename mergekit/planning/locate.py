@@ -8,9 +8,10 @@ from pathlib import Path
 from mergekit.adapters import Adapter, open_adapter
 from mergekit.adapters.adapter import WEIGHTS
 from mergekit.checkpoint import Checkpoint, open_checkpoint
+from mergekit.errors import HubError, ModelNotFoundError
 from mergekit.refs import ModelPath, ModelReference
 
-__all__ = ["Locator", "is_folder"]
+__all__ = ["Locator", "is_folder", "small_folder"]
 
 
 def is_folder(reference: ModelReference) -> bool:
@@ -82,3 +83,18 @@ class Locator:
             str(path), WEIGHTS[0], sizes[WEIGHTS[0]], lambda *place: hub.read_range(repository, *place)
         )
         return open_adapter(hub.fetch_small(repository), header)
+
+
+def small_folder(path: ModelPath, cache_dir: Path | None) -> Path:
+    """A folder with the small files of a model: configs, tokenizer. Weights on the hub stay there."""
+    from mergekit import hub
+
+    if _is_folder(path):
+        folder = Path(os.path.expanduser(path.path))
+        if not folder.is_dir():
+            raise ModelNotFoundError(f"no folder '{path.path}' here")
+        return folder
+    try:
+        return hub.fetch_small(hub.open_repository(path, cache_dir=cache_dir))
+    except (ModelNotFoundError, HubError) as error:
+        raise type(error)(f"there is no folder '{path.path}' here, and {error}") from None

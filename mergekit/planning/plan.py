@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from mergekit.checkpoint import FileIdentity, TensorInfo
 from mergekit.dtypes import DType
@@ -29,6 +31,8 @@ __all__ = [
     "Plan",
     "Quantize4",
     "Read",
+    "RowTable",
+    "Rows",
     "Scales4",
     "Shard",
     "Source",
@@ -146,7 +150,44 @@ class Bake:
     transposed: bool
 
 
-Leaf = Read | Split | Dequantize | PermuteScale | Noise | Dequantize4 | Quantize4 | Bake
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """What each of ``rows`` rows is made of: for each of ``inputs`` tensors the number of one of its rows, or -1.
+
+    A row is the mean of the rows named for it, zero if there are none, and the mean of all other rows of the result if
+    one of the numbers is ``MEAN``. ``data`` is little-endian int32 [inputs, rows]; ``digest`` stands for it where
+    plans are compared and printed.
+    """
+
+    inputs: int
+    rows: int
+    digest: str
+    data: bytes = field(repr=False, compare=False)
+
+    MEAN: ClassVar[int] = -2
+
+    @classmethod
+    def of(cls, numbers: np.ndarray) -> RowTable:
+        """The table of an array of whole numbers [inputs, rows]."""
+        data = np.ascontiguousarray(numbers, "<i4").tobytes()
+        inputs, rows = numbers.shape
+        return cls(inputs, rows, blake2b(data, digest_size=12).hexdigest(), data)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """int32 [inputs, rows], read-only."""
+        return np.frombuffer(self.data, "<i4").reshape(self.inputs, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows gathered from tensors of one width as ``table`` says: embeddings in another vocabulary; float32."""
+
+    inputs: tuple[Leaf, ...]
+    table: RowTable
+
+
+Leaf = Read | Split | Dequantize | PermuteScale | Noise | Dequantize4 | Quantize4 | Bake | Rows
 """What gives the elements of one tensor. Leaves may be nested; all but ``Read`` and ``Split`` give float32."""
 
 
@@ -326,7 +367,7 @@ def leaves(expression: Expression) -> Iterator[Read]:
     """Every tensor that an expression reads."""
     if isinstance(expression, Read):
         yield expression
-    elif isinstance(expression, Identical | Apply):
+    elif isinstance(expression, Identical | Apply | Rows):
         for part in expression.inputs:
             yield from leaves(part)
     else:
@@ -366,6 +407,8 @@ def shape_of(leaf: Leaf) -> tuple[int, ...]:
         return leaf.info.shape
     if isinstance(leaf, Dequantize4):
         return leaf.shape
+    if isinstance(leaf, Rows):
+        return (leaf.table.rows, *shape_of(leaf.inputs[0])[1:])
     shape = shape_of(leaf.input)
     return (leaf.count, *shape[1:]) if isinstance(leaf, Split) else shape
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from mergekit.errors import RecipeError, UsageError, nearest
 from mergekit.methods import Method, get_method, method_names
-from mergekit.methods.spec import ParameterError
+from mergekit.methods.spec import Flag, Parameter, ParameterError, Real, once
 from mergekit.recipe.schema import MergeConfiguration
 from mergekit.recipe.text import RecipeText, text_of
 from mergekit.recipe.validate import validate
 from mergekit.refs import ModelReference
 
-__all__ = ["ParameterScope", "Recipe", "load_recipe"]
+__all__ = ["EMBED_SLERP", "ParameterScope", "Recipe", "load_recipe"]
 
-_OLD_WORDS = frozenset({"int8_mask", "embed_slerp"})
+EMBED_SLERP = "embed_slerp"
+"""The parameter of no method that has embeddings of another vocabulary merged by SLERP, with its ``t``."""
+_OLD_WORDS = frozenset({"int8_mask", EMBED_SLERP})
 """Parameter words that belong to no method but that recipes for arcee mergekit may carry anywhere."""
 
 Path_ = tuple[str | int, ...]
@@ -120,14 +122,15 @@ def _check_parameter(
 ) -> None:
     """Refuse unknown names and impossible values; warn of what will be ignored."""
     place = recipe.text.place((*scope.path, name))
-    parameter = recipe.method.parameter(name)
+    parameter = recipe.method.parameter(name) or _of_embeddings(recipe.config, name)
     if parameter is None:
         others = [m for m in map(get_method, method_names()) if m.parameter(name)]
         if name in _OLD_WORDS:
             notes.append((place, f"'{name}' changes nothing with '{recipe.method.name}'"))
         elif others:
             options = [m for m in others if any(p.name == name for p in m.options)]
-            owner = "methods that merge task vectors" if options else others[0].name
+            names = ", ".join(m.name for m in others[:3]) + (" and others" if len(others) > 3 else "")
+            owner = "methods that merge task vectors" if options else names
             text = f"'{recipe.method.name}' has no parameter '{name}' (it belongs to {owner}); ignored"
             warnings.append((place, text))
         else:
@@ -145,9 +148,23 @@ def _check_parameter(
         warnings.append((place, f"'{name}' of the base model is not used by '{recipe.method.name}' (ignored)"))
     for path, scalar in _scalars(value):
         try:
-            parameter.kind.read(scalar)
+            number = parameter.kind.read(scalar)
         except ParameterError as error:
             raise recipe.fault(f"'{name}': {error}", *scope.path, name, *path) from None
+        usual = parameter.kind.usual if isinstance(parameter.kind, Real) else None
+        if usual and not usual[0] <= float(number) <= usual[1]:
+            where = recipe.text.place((*scope.path, name, *path))
+            warnings.append((where, f"'{name}' is {number:g}, but is meant to lie in [{usual[0]:g}, {usual[1]:g}]"))
+
+
+def _of_embeddings(config: MergeConfiguration, name: str) -> Parameter | None:
+    """``embed_slerp``, where embeddings are aligned, and its ``t`` if it is used."""
+    if config.tokenizer is None and config.tokenizer_source is None:
+        return None
+    if name == EMBED_SLERP:
+        return once(name, Flag(), False, help="merge embeddings and heads of two models by SLERP")
+    is_used = any(EMBED_SLERP in scope.values for scope in parameter_scopes(config))
+    return once(name, Real(), help="the t of embed_slerp") if name == "t" and is_used else None
 
 
 def _scalars(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
