@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from command import assert_refused, mergekit, mergekit_yaml
 from files import read_model
+from mergekit.vocab.templates import built_in
 from tokenizer_files import KINDS, TEXTS, embeddings, train, write_tokenized, write_tokenizer
 
 NAMES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -344,6 +345,37 @@ class TestFiles:
         three("byte_bpe")
         merge(recipe(["a", "b"], tokenizer_source="union"), "out", "--no-copy-tokenizer")
         assert Path("out/tokenizer.json").exists()
+
+
+def test_both_chat_formats_work_after_a_union():
+    """A ChatML model and one in the manner of Llama 3, made from the bundled ones: special tokens stay whole."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    bundled = Path(__file__).parent.parent / "models"
+    formats = {
+        "code": ["<|im_start|>", "<|im_end|>"],
+        "prose": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    }
+    for name, tokens in formats.items():
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(bundled / name)
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+        model = transformers.AutoModelForCausalLM.from_pretrained(bundled / name, dtype=torch.float32)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    record = {"merge_method": "linear", "models": [{"model": m} for m in formats], "parameters": {"weight": 1}}
+    merge({**record, "tokenizer_source": "union", "chat_template": "chatml"})
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained("out")
+    model = transformers.AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32)
+    assert len(tokenizer) == 2048 + 5 == model.config.vocab_size == model.lm_head.weight.shape[0]
+    talk = [{"role": "user", "content": "def main("}]
+    for template, special in ((None, formats["code"]), (built_in("llama3"), formats["prose"])):
+        text = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        found = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+        for token in special:
+            assert found.count(token) == text.count(token) > 0
+        assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
 
 
 class TestWithoutConfiguration:

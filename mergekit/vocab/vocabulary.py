@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,26 @@ def _ordinary(model: Mapping[str, Any], kind: str, place: str) -> dict[str, int]
 def _check_merges(merges: Any, vocab: Mapping[str, int], place: str) -> None:
     if not isinstance(merges, list):
         raise CheckpointError(f"{place}: 'merges' is not a list")
-    for pair in pairs(merges, place):
-        if pair[0] not in vocab or pair[1] not in vocab:
-            raise CheckpointError(f"{place}: the merge of {pair[0]!r:.40} and {pair[1]!r:.40} is not in the vocabulary")
+    found = pairs(merges, place)
+    if vocab.keys() >= set(chain.from_iterable(found)):
+        return
+    a, b = next(pair for pair in found if pair[0] not in vocab or pair[1] not in vocab)
+    raise CheckpointError(f"{place}: the merge of {a!r:.40} and {b!r:.40} is not in the vocabulary")
 
 
-def pairs(merges: Sequence[Any], place: str = "tokenizer.json") -> Iterable[tuple[str, str]]:
+def pairs(merges: Sequence[Any], place: str = "tokenizer.json") -> list[tuple[str, str]]:
     """The merges of a BPE tokenizer, whichever of the two ways they are written in."""
-    for merge in merges:
-        pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
-        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise CheckpointError(f"{place}: {merge!r:.60} is not a merge of two tokens")
-        yield pair
+    # Without a loop of our own: there may be hundreds of thousands.
+    if set(map(type, merges)) <= {str}:
+        found = [tuple(merge.split(" ")) for merge in merges]
+    else:
+        found = [tuple(m.split(" ") if isinstance(m, str) else m if isinstance(m, list) else ()) for m in merges]
+    if not set(map(len, found)) <= {2}:
+        odd = next(merge for merge, pair in zip(merges, found, strict=True) if len(pair) != 2)
+        raise CheckpointError(f"{place}: {odd!r:.60} is not a merge of two tokens")
+    if not set(map(type, chain.from_iterable(found))) <= {str}:
+        raise CheckpointError(f"{place}: 'merges' holds something that is no text")
+    return found
 
 
 def _added(entries: Any, ids: Mapping[str, int], place: str) -> dict[str, Mapping[str, Any]]:
