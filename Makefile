@@ -22,7 +22,7 @@ demo: $(READY) ## merge the bundled tiny models and compare the result with its 
 	$(BIN)/python examples/demo.py
 
 test: $(READY) lint types ## lint, types and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 smoke: $(READY) ## one tiny merge end to end, in seconds
 	$(BIN)/python -m pytest tests/test_smoke.py

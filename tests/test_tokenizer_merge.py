@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from command import assert_refused, mergekit, mergekit_yaml
-from files import read_model
+from files import read_model, write_safetensors
 from mergekit.vocab.templates import built_in
 from tokenizer_files import KINDS, TEXTS, embeddings, train, write_tokenized, write_tokenizer
 
@@ -236,7 +236,7 @@ class TestTokenEntries:
         missing, own = embeddings(Path("a"))[self.ids[0]["<s>"]], embeddings(Path("b"))[self.ids[1]["<|im_start|>"]]
         np.testing.assert_allclose(got[output["<|im_start|>"]], missing + 2 * own, rtol=1e-6)
 
-    def test_one_that_nobody_has_is_the_mean(self):
+    def test_one_that_nobody_has_needs_a_source(self):
         self.ids = three("byte_bpe")
         record = recipe(["a", "b"], tokenizer={"source": "base", "tokens": {"<new>": {"source": None}}})
         refused(record, 2, "r.yml:", "needs a 'source'")
@@ -244,8 +244,9 @@ class TestTokenEntries:
     @pytest.mark.parametrize(
         ("entry", "phrases"),
         [
-            ({"source": "nobody"}, ["'nobody' is not a model of this recipe"]),
+            ({"source": "nobody"}, ["'nobody' is not a model that this recipe names so"]),
             ({"source": "a"}, ["a has no token '<new>'"]),
+            ({"source": {"kind": ["zero"]}}, ["is no kind of token source"]),
             ({"source": {"kind": "magic"}}, ["'magic' is no kind of token source"]),
             ({"source": {"kind": "model_token", "model": "a"}}, ["exactly one of 'token' and 'token_id'"]),
             ({"source": {"kind": "model_token", "token": "x"}}, ["needs a 'model'"]),
@@ -339,7 +340,24 @@ class TestFiles:
         found = config()
         assert (found["bos_token_id"], found["eos_token_id"]) == (ids["<s>"], ids["</s>"]) == (2, 3)
         assert found["pad_token_id"] == ids["</s>"], "what was </s> in a is </s> in b"
-        assert json.loads(Path("out/generation_config.json").read_text()) == {"eos_token_id": 3, "temperature": 0.7}
+        written = json.loads(Path("out/generation_config.json").read_text())
+        assert written == {"bos_token_id": 2, "eos_token_id": 3, "temperature": 0.7}
+
+    def test_special_ids_that_only_the_owner_has(self):
+        write_tokenized(Path("a"), train("byte_bpe"), 1)
+        write_tokenized(Path("b"), train("byte_bpe"), 2, pad_token_id=1)
+        Path("b/generation_config.json").write_text('{"eos_token_id": [1, 0], "temperature": 0.7}')
+        merge(recipe(["a", "b"], tokenizer_source="b"))
+        assert config()["pad_token_id"] == 1
+        written = json.loads(Path("out/generation_config.json").read_text())
+        assert written["eos_token_id"] == [1, 0]
+        assert "temperature" not in written
+
+    def test_a_tokenizer_that_can_not_be_compared_is_told(self):
+        for seed, name in enumerate("ab"):
+            write_tokenized(Path(name), train("byte_bpe"), seed)
+        Path("b/tokenizer.json").write_text('{"model": {"vocab": {"x": "y"}}}')
+        assert "can't be compared" in merge(recipe(["a", "b"])).err
 
     def test_no_copy_tokenizer_writes_one_that_is_asked_for(self):
         three("byte_bpe")
@@ -402,6 +420,32 @@ class TestWithoutConfiguration:
         assert "rows of different tokens are merged" in result.err
 
 
+def test_biases_of_heads_and_second_tables_are_aligned():
+    """Told by the embeddings, whatever the config says; per-layer embeddings have a row for each token, too."""
+    tokenizer = train("byte_bpe")
+    ids = [
+        write_tokenized(Path("a"), tokenizer, 1, ["<x>", "<y>"]),
+        write_tokenized(Path("b"), tokenizer, 2, ["<y>", "<x>"]),
+    ]
+    names = ("lm_head.bias", "model.embed_tokens_per_layer.weight")
+    for name, seed in (("a", 5), ("b", 6)):
+        tensors = read_model(Path(name))
+        rows = len(tensors[NAMES[0]][1])
+        values = np.random.default_rng(seed).standard_normal((rows, 3)).astype("f4")
+        write_safetensors(
+            Path(name, "model.safetensors"), {**tensors, names[0]: ("F32", values[:, 0]), names[1]: ("F32", values)}
+        )
+        record = config(name)
+        Path(name, "config.json").write_text(json.dumps({**record, "vocab_size": 999}))
+    merge(recipe(["a", "b"], tokenizer_source="union"))
+    output = output_ids()
+    for name in names:
+        got, x, y = (embeddings(Path(f), name) for f in ("out", "a", "b"))
+        for token in ("<x>", "<y>"):
+            want = x[ids[0][token]] + 2 * y[ids[1][token]]
+            np.testing.assert_allclose(got[output[token]], want, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "phrases"),
     [
@@ -409,6 +453,7 @@ class TestWithoutConfiguration:
         ({"tokenizer_source": "unoin"}, ["Did you mean 'union'?"]),
         ({"tokenizer": {"sources": "base"}}, ["Did you mean 'source'?"]),
         ({"tokenizer": {"pad_to_multiple_of": 0}}, ["pad_to_multiple_of"]),
+        ({"tokenizer": {"pad_to_multiple_of": 1 << 70}}, ["pad_to_multiple_of"]),
     ],
 )
 def test_words_that_are_not_understood(change, phrases):
@@ -508,6 +553,21 @@ class TestDiff:
         record = json.loads(mergekit("tokenizer", "diff", "a", "b", "--json").out)
         assert record["moved"] == {"<z>": [ids["<z>"] + 1, ids["<z>"]]}
         assert list(record["only_first"]) == ["<x>"]
+
+    def test_what_splits_text_otherwise(self):
+        for name in "ab":
+            write_tokenizer(Path(name), train("byte_bpe"))
+        record = json.loads(Path("b/tokenizer.json").read_text())
+        written = [merge if isinstance(merge, list) else merge.split(" ") for merge in record["model"]["merges"]]
+        record["model"]["merges"] = [" ".join(merge) for merge in written]
+        Path("b/tokenizer.json").write_text(json.dumps(record))
+        assert "no difference" in mergekit("tokenizer", "diff", "a", "b").out
+        record["model"]["merges"] = written[::-1]
+        record["added_tokens"][0]["lstrip"] = True
+        Path("b/tokenizer.json").write_text(json.dumps(record))
+        out = mergekit("tokenizer", "diff", "a", "b").out
+        assert "order of merges" in out
+        assert "added token '<s>'" in out
 
     def test_no_difference(self):
         for name in "ab":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from command import refusal
 from mergekit.vocab import Vocabulary, as_text, read_vocabulary, token_map, unite, vocabulary_of, with_tokens
+from mergekit.vocab.alphabet import as_bytes
 from tokenizer_files import KINDS, TEXTS, train, write_tokenizer
 
 
@@ -53,6 +55,17 @@ def test_special_tokens_alone_change_nothing_else(tmp_path, kind):
         assert split(union, text) == split(tokenizer, text)
     talk = "<|im_start|>seven<|eot_id|>fox<|im_end|>"
     assert [t for t in split(union, talk) if t.startswith("<|")] == ["<|im_start|>", "<|eot_id|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tokens_stay_out_of_the_model_where_they_can(tmp_path, kind):
+    """There, they would change how text is split: as pieces, as beginnings of words, in other cases of letters."""
+    tokenizer = train(kind)
+    a = vocabulary(tmp_path, "a", tokenizer, ["<x>"])
+    b = vocabulary(tmp_path, "b", tokenizer, ["qui", "<x>"])
+    found, _ = unite([a, b], [None, None])
+    assert found.record["model"]["vocab"] == a.record["model"]["vocab"]
+    loaded(found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,13 +114,60 @@ def test_tokens_of_another_alphabet_are_matched_by_what_they_spell(tmp_path):
     assert len(shared) > 3
     for token in shared:
         assert places[a.ids[token]] == b.ids["\u2581" + token[1:]]
-    assert places[a.ids["\u010a"]] == b.ids["<0x0A>"]
+    assert places[a.ids["\u010a"]] == b.ids.get("\n", b.ids["<0x0A>"])
     assert places[a.ids["\u00c3"]] == b.ids["<0xC3>"]
     found, warnings = unite([a, b], [None, None])
     assert "\u2581" + shared[0][1:] not in found.ids, "it is there in another spelling"
     assert "<|end|>" in found.ids
     assert any("become added tokens" in text for text in warnings)
     loaded(found)
+
+
+def test_a_letter_is_its_own_piece_before_it_is_a_byte(tmp_path):
+    a = vocabulary(tmp_path, "a", train("byte_bpe"))
+    b = vocabulary(tmp_path, "b", train("piece_bpe"))
+    places = token_map(a, b)
+    assert places[a.ids["e"]] == b.ids["e"]
+    assert places[a.ids["\u0120"]] == b.ids["\u2581"]
+
+
+@pytest.mark.parametrize("kinds", list(itertools.permutations(["byte_bpe", "piece_bpe", "unigram"], 2)))
+def test_every_token_of_a_union_has_a_row(tmp_path, kinds):
+    """Whatever is taken over from a model, that model has a row for; what spells one text is one token."""
+    made = [
+        vocabulary(tmp_path, k, train(k, t), [f"<{k}>"]) for k, t in zip(kinds, (TEXTS[:3], TEXTS[1:]), strict=True)
+    ]
+    found, _ = unite(made, [None, None])
+    has = np.stack([token_map(found, one) >= 0 for one in made])
+    lonely = [found.by_id[i] for i in np.flatnonzero(~has.any(axis=0)).tolist()]
+    assert lonely == []
+    loaded(found)
+
+
+def test_what_is_joined_is_not_added_once_more(tmp_path):
+    other = vocabulary(tmp_path, "b", train("byte_bpe", TEXTS[1:], 330))
+    a, piece = (
+        vocabulary(tmp_path, "a", train("byte_bpe", TEXTS[:1], 280)),
+        vocabulary(tmp_path, "c", train("piece_bpe")),
+    )
+    for order in ([a, other, piece], [a, piece, other]):
+        found, _ = unite(order, [None] * 3)
+        spelt = {as_bytes(t, "bytes") for t in found.ids if t not in found.added}
+        assert not [t for t, e in found.added.items() if not e["special"] and t.encode() in spelt]
+
+
+def test_files_without_a_type_and_tokens_beside_them(tmp_path):
+    for kind, expected in (("unigram", "Unigram"), ("wordpiece", "WordPiece"), ("byte_bpe", "BPE")):
+        write_tokenizer(tmp_path / kind, train(kind))
+        path = tmp_path / kind / "tokenizer.json"
+        record = json.loads(path.read_text())
+        del record["model"]["type"]
+        path.write_text(json.dumps(record))
+        assert read_vocabulary(tmp_path / kind, kind).kind == expected
+    (tmp_path / kind / "added_tokens.json").write_text('{"[PAD]": 9000, "<s>": 77, "odd": "x"}')
+    found = read_vocabulary(tmp_path / kind, kind)
+    assert found.ids["[PAD]"] == 9000
+    assert found.ids["<s>"] == 0
 
 
 def test_what_has_no_union_is_refused(tmp_path):
@@ -122,7 +182,8 @@ def test_nothing_new_gives_the_first_itself(tmp_path, kind):
     a = vocabulary(tmp_path, "a", tokenizer, ["<x>", "<y>"])
     b = vocabulary(tmp_path, "b", tokenizer, ["<y>"])
     assert unite([a, b], [None, None])[0] is a
-    assert with_tokens(a, ["<x>", "the"][:1]) is a
+    ordinary = next(token for token in a.ids if token not in a.added)
+    assert with_tokens(a, ["<x>", ordinary]) is a, "an ordinary token stays one"
 
 
 def test_ids_beyond_the_embeddings_are_missing(tmp_path):
@@ -200,6 +261,22 @@ HOSTILE: dict[str, tuple[Any, str]] = {
             "added_tokens": [{"content": "x", "id": 1}, {"content": "x", "id": 2}],
         },
         "has two ids, 1 and 2",
+    ),
+    "a merge into nothing": (
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}},
+        "not in the vocabulary",
+    ),
+    "a score that is no number": ({"model": {"type": "Unigram", "vocab": [["a", float("nan")]]}}, "pieces and scores"),
+    "a huge score": ({"model": {"type": "Unigram", "vocab": [["a", -(10**400)]]}}, "pieces and scores"),
+    "an id far away": ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 16777214}}}, "mostly empty"),
+    "half a surrogate pair": ({"model": {"type": "WordLevel", "vocab": {"\ud800": 0}}}, "is no text"),
+    "a prefix that is a number": (
+        {"model": {"type": "WordPiece", "vocab": {}, "continuing_subword_prefix": 5}},
+        "is no text",
+    ),
+    "a flag that is text": (
+        {"model": {"type": "WordLevel", "vocab": {}}, "added_tokens": [{"content": "x", "id": 0, "special": "no"}]},
+        "is not true or false",
     ),
     "an added token that is another": (
         {"model": {"type": "WordLevel", "vocab": {"x": 0}}, "added_tokens": [{"content": "x", "id": 1}]},

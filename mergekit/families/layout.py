@@ -14,11 +14,11 @@ from typing import Any
 
 from mergekit.families.config import layer_count
 
-__all__ = ["Layout", "Place", "Stack", "infer_layout", "is_derived_buffer", "is_embedding", "is_head"]
+__all__ = ["Layout", "Place", "Stack", "infer_layout", "is_derived_buffer", "is_embedding", "is_head", "is_per_token"]
 
 _NUMBERED = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<suffix>.+)$")
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|tokens_embed|input_embedding|embeddings|shared)\.weight$"
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|tokens_embed|input_embedding|embeddings?|shared)\.weight$"
 )
 _HEAD = re.compile(
     r"((^|\.)(lm_head|embed_out|output|output_layer|output_projection|lm_head\.(linear|decoder|out_proj)|generator_lm_head"
@@ -129,6 +129,11 @@ def _choose(stacks: list[Stack], wanted: int | None) -> Stack | None:
 def is_embedding(name: str) -> bool:
     """Whether ``name`` is the table of input embeddings, going by names used in practice."""
     return _EMBEDDING.search(name) is not None and "position" not in name and "token_type" not in name
+
+
+def is_per_token(name: str) -> bool:
+    """Whether ``name`` is a second table with a row for each token, beside the embeddings."""
+    return name.endswith("embed_tokens_per_layer.weight")
 
 
 def is_head(name: str) -> bool:

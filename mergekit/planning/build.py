@@ -52,6 +52,11 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     made = [tensor for slot in slots.slots if (tensor := expresser.make(slot)) is not None]
     if not made:
         raise IncompatibleError("the recipe selects no tensor at all")
+    if alignment is not None and expresser.rows is None:
+        raise IncompatibleError(
+            "no embeddings were found that the tokenizer's ids could index; leave the tokenizer settings out to merge "
+            "these models tensor by tensor"
+        )
     text = recipe.config.out_dtype or recipe.config.dtype
     config, more = make_config(models, slots, made, expresser, recipe_dtype(text) if text else None)
     words = disagreements(models, alignment, has_template=recipe.config.chat_template is not None)

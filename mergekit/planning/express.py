@@ -11,7 +11,7 @@ from mergekit.checkpoint import TensorInfo
 from mergekit.dtypes import DType, promote, recipe_dtype
 from mergekit.errors import IncompatibleError
 from mergekit.families.config import vocab_size
-from mergekit.families.layout import is_embedding, is_head
+from mergekit.families.layout import is_embedding, is_head, is_per_token
 from mergekit.methods import Flag, Method, ParameterError, get_method
 from mergekit.methods.guard import guarded, rehearse
 from mergekit.methods.spectral import matrix_shape
@@ -123,7 +123,8 @@ class Expresser:
 
     def _method(self, slot: Slot, present: Sequence[Contribution]) -> Method:
         """The method that merges a slot: the recipe's, but for embeddings that ``embed_slerp`` asks for."""
-        if self.alignment is None or not self._has_vocabulary(slot.name, present):
+        is_matrix = all(c.info is not None and len(c.info.shape) == 2 for c in present)
+        if self.alignment is None or not is_matrix or not self._has_vocabulary(slot.name, present):
             return self.recipe.method
         scopes = [scope for scope in (slot.scope, *slot.outer) if EMBED_SLERP in scope]
         found = (evaluate_setting(slot.name, scope[EMBED_SLERP], slot.t, Flag()) for scope in scopes)
@@ -201,14 +202,16 @@ class Expresser:
 
     def _has_vocabulary(self, name: str, present: Sequence[Contribution]) -> bool:
         """Whether the rows of a tensor belong to tokens: embeddings, heads, and biases of heads."""
-        if is_embedding(name) or is_head(name):
+        if is_embedding(name) or is_head(name) or is_per_token(name):
             return True
+        if not name.endswith("bias"):
+            return False
         for c in present:
             model = self.models[c.model]
-            size = vocab_size(model.config)
-            if c.info is None or c.info.shape != (size,) or model.layout.place(c.info.name).stack is not None:
+            rows = model.tensors[model.embedding].shape[0] if model.embedding else vocab_size(model.config)
+            if c.info is None or c.info.shape != (rows,) or model.layout.place(c.info.name).stack is not None:
                 return False
-        return name.endswith("bias")
+        return True
 
     def _dtype(self, infos: Sequence[TensorInfo]) -> DType:
         config = self.recipe.config

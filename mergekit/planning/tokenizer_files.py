@@ -68,12 +68,10 @@ def _rewrite(files: SmallFiles, alignment: Alignment, folder: Path) -> None:
     if not path.is_file():
         return
     config = read_json(path)
-    known = config.get("added_tokens_decoder")
-    decoder = dict(known) if isinstance(known, dict) else {}
-    for content, entry in output.added.items():
-        settings = {key: value for key, value in entry.items() if key not in ("id", "content")}
-        decoder.setdefault(str(entry["id"]), {"content": content, **settings})
-    config["added_tokens_decoder"] = decoder
+    config["added_tokens_decoder"] = {
+        str(entry["id"]): {"content": content, **{key: value for key, value in entry.items() if key != "id"}}
+        for content, entry in output.added.items()
+    }
     files.texts["tokenizer_config.json"] = _json(config)
 
 
@@ -121,12 +119,12 @@ def _template(recipe: Recipe, models: Models, folder: Path) -> str | None:
 def _settle_generation(models: Models, alignment: Alignment, files: SmallFiles) -> None:
     """Bring the token ids of generation_config.json in line with the tokenizer."""
     path = models[models.donor].checkpoint.folder / "generation_config.json"
-    if not path.is_file():
-        return
     owner = models[alignment.owner]
     theirs = owner.checkpoint.folder / "generation_config.json"
+    if not path.is_file() and not theirs.is_file():
+        return
     given = {**owner.config, **(read_json(theirs) if theirs.is_file() else {})}
-    settings = read_json(path)
+    settings = read_json(path) if path.is_file() else {}
     own = alignment.own[models.donor]
     warnings = settle_token_ids(settings, given, own, alignment.output, alignment.rows)
     files.warnings += [f"generation_config.json: {text}" for text in warnings]

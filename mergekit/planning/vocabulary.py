@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mergekit.checkpoint import TensorInfo
-from mergekit.errors import IncompatibleError, RecipeError, nearest
+from mergekit.errors import IncompatibleError, MergekitError, RecipeError, nearest
 from mergekit.families.config import vocab_size
 from mergekit.planning.leaf import leaf_of
 from mergekit.planning.models import Models
@@ -76,7 +76,7 @@ class Alignment:
             own[own >= info.shape[0]] = -1
         has = maps >= 0
         absent = np.logical_not(has.any(axis=0))
-        self._tell_absent(absent)
+        self._tell_absent(name, absent)
         base = next((i for i, c in enumerate(present) if c.model == self.models.donor), None)
         reads = [leaf_of(self.models, c.model, info.name) for c, info in zip(present, infos, strict=True)]
         found: list[Leaf] = []
@@ -129,12 +129,12 @@ class Alignment:
                 "fine-tuned from the same base"
             )
 
-    def _tell_absent(self, absent: Any) -> None:
+    def _tell_absent(self, name: str, absent: Any) -> None:
         known = self.output.by_id
         named = {entry.row for entry in self.entries}
         tokens = [known[row] for row in np.flatnonzero(absent).tolist() if row in known and row not in named]
         if tokens:
-            self._warn(f"no model has a row for {_listed(tokens)}; the mean of all rows is taken")
+            self._warn(f"no model that takes part in {name} has a row for {_listed(tokens)}; the mean of all is taken")
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -205,11 +205,16 @@ def other_meanings(models: Models) -> list[str]:
     mine = contents[models.donor]
     if mine is None or all(theirs in (None, mine) for theirs in contents):
         return []
-    donor, warnings = read_vocabulary(folders[models.donor], models[models.donor].reference.short), []
+    warnings = []
     for model, folder, theirs in zip(models.models, folders, contents, strict=True):
         if theirs in (None, mine):
             continue
-        by_id = read_vocabulary(folder, model.reference.short).by_id
+        try:
+            donor = read_vocabulary(folders[models.donor], models[models.donor].reference.short)
+            by_id = read_vocabulary(folder, model.reference.short).by_id
+        except MergekitError as error:
+            warnings.append(f"the tokenizers can't be compared: {error}")
+            continue
         unlike = [token for token, number in donor.ids.items() if by_id.get(number, token) != token]
         if unlike:
             warnings.append(
@@ -238,7 +243,7 @@ def _position(recipe: Recipe, models: Models, value: Any, path: Sequence[str], w
     if reference in known:
         return known.index(reference)
     hint = nearest(str(reference), [*words, *map(str, known)])
-    kind = "a tokenizer source" if words else "a model of this recipe"
+    kind = "a tokenizer source, nor a model that this recipe names so" if words else "a model that this recipe names so"
     raise recipe.fault(f"'{reference}' is not {kind}. {hint}", *path)
 
 
@@ -278,6 +283,8 @@ def _entry(recipe: Recipe, alignment: Alignment, token: str) -> _Entry:
     assert recipe.config.tokenizer is not None
     given = (recipe.config.tokenizer.tokens or {})[token]
     path = ("tokenizer", "tokens", token)
+    if not token:
+        raise recipe.fault("a token has at least one character", *path)
     row, source = alignment.output.ids[token], given.source
     if source is None:
         if given.force or (alignment.maps[:, row] < 0).any():
@@ -300,7 +307,7 @@ def _of_kind(recipe: Recipe, alignment: Alignment, token: str, row: int, source:
     path = ("tokenizer", "tokens", token, "source")
     kind = source["kind"]
     allowed = {"zero": {"kind"}, "model_token": {"kind", "model", "token", "token_id"}}
-    if kind not in allowed:
+    if not isinstance(kind, str) or kind not in allowed:
         raise recipe.fault(f"'{kind}' is no kind of token source. {nearest(str(kind), allowed)}", *path, "kind")
     unknown = sorted(set(source) - allowed[kind])
     if unknown:

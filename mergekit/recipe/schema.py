@@ -167,7 +167,7 @@ class TokenizerConfig(Strict):
 
     source: TokenizerSource = "union"
     tokens: dict[str, TokenEntry] | None = None
-    pad_to_multiple_of: Whole | None = Field(default=None, gt=0)
+    pad_to_multiple_of: Whole | None = Field(default=None, gt=0, le=1 << 16)
 
 
 class MergeConfiguration(Strict):

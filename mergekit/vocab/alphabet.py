@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
-__all__ = ["Alphabet", "alphabet_of", "as_bytes"]
+__all__ = ["Alphabet", "alphabet_of", "as_bytes", "as_text", "is_byte"]
 
 Alphabet = Literal["bytes", "pieces", "words", "plain"]
 """``bytes``: each letter stands for a byte (GPT-2); ``pieces``: a low line for a space, ``<0x0A>`` for a byte
@@ -50,6 +50,16 @@ def as_bytes(token: str, alphabet: Alphabet) -> bytes:
             return bytes([int(match[1], 16)])
         token = token.replace(_SPACE, " ")
     return token.encode("utf-8", "surrogatepass")
+
+
+def as_text(content: str, alphabet: Alphabet) -> bytes:
+    """The text that an added token stands for, in UTF-8: its own characters."""
+    return (content.replace(_SPACE, " ") if alphabet == "pieces" else content).encode("utf-8", "surrogatepass")
+
+
+def is_byte(token: str, alphabet: Alphabet) -> bool:
+    """Whether an ordinary token is there for a byte that no other token spells."""
+    return alphabet == "pieces" and _BYTE.fullmatch(token) is not None
 
 
 @lru_cache(maxsize=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit.checkpoint import read_json
 from mergekit.vocab.templates import chat_template, special_strings
-from mergekit.vocab.vocabulary import Vocabulary, read_vocabulary
+from mergekit.vocab.vocabulary import SETTINGS, Vocabulary, pairs, read_vocabulary
 
 __all__ = ["Difference", "compare_tokenizers"]
 
@@ -20,8 +22,8 @@ class Difference:
 
     ``only_first`` and ``only_second`` are tokens of one of them, in order of id; ``moved`` those of both under
     different ids, as (token, first id, second id); ``special`` the named special tokens that differ, as (name, first,
-    second); ``settings`` the parts of tokenizer.json, and of its model, that differ; ``merges`` how many merges only
-    one of them has. ``templates``: the chat templates, None where there is none.
+    second); ``merges`` how many merges only one of them has; ``settings`` what else differs: parts of tokenizer.json
+    and of its model, order, scores. ``templates``: the chat templates, None where there is none.
     """
 
     first: Vocabulary
@@ -49,13 +51,19 @@ def compare_tokenizers(first: tuple[Path, str], second: tuple[Path, str]) -> Dif
     names = dict.fromkeys([*named[0], *named[1]])
     moved = [(t, i, b.ids[t]) for t, i in a.ids.items() if t in b.ids and b.ids[t] != i]
     mine, theirs = (v.record["model"] for v in (a, b))
+    added = [t for t, e in a.added.items() if t in b.added and _found(e) != _found(b.added[t])]
     settings = [name for name in _SETTINGS if a.record.get(name) != b.record.get(name)]
     settings += sorted(
         f"model.{name}"
         for name in {**mine, **theirs}
         if name not in ("vocab", "merges") and mine.get(name) != theirs.get(name)
     )
-    merges = [dict.fromkeys(map(str, model.get("merges") or [])) for model in (mine, theirs)]
+    merges = [dict.fromkeys(pairs(model["merges"] if v.kind == "BPE" else [])) for v, model in ((a, mine), (b, theirs))]
+    if list(merges[0]) != list(merges[1]) and merges[0].keys() == merges[1].keys():
+        settings.append("order of merges")
+    if a.kind == b.kind == "Unigram" and _scores(a) != _scores(b):
+        settings.append("scores of pieces")
+    settings += [f"added token {token!r}" for token in added]
     return Difference(
         first=a,
         second=b,
@@ -68,6 +76,15 @@ def compare_tokenizers(first: tuple[Path, str], second: tuple[Path, str]) -> Dif
         merges=(len([m for m in merges[0] if m not in merges[1]]), len([m for m in merges[1] if m not in merges[0]])),
         templates=(chat_template(first[0]), chat_template(second[0])),
     )
+
+
+def _found(entry: Mapping[str, Any]) -> list[bool]:
+    """How an added token is found in text."""
+    return [bool(entry.get(key)) for key in SETTINGS]
+
+
+def _scores(vocabulary: Vocabulary) -> dict[str, float]:
+    return dict(vocabulary.record["model"]["vocab"])
 
 
 def _only(a: Vocabulary, b: Vocabulary) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from itertools import repeat
 
 import numpy as np
 
-from mergekit.vocab.alphabet import as_bytes
+from mergekit.vocab.alphabet import as_bytes, as_text
 from mergekit.vocab.vocabulary import Vocabulary
 
 __all__ = ["token_map", "untold"]
@@ -22,14 +22,23 @@ def token_map(output: Vocabulary, model: Vocabulary) -> np.ndarray:
     ids = np.fromiter(output.ids.values(), np.int64, count)
     if output.alphabet == model.alphabet:
         found[ids] = np.fromiter(map(model.ids.get, output.ids, repeat(-1)), np.int64, count)
+        if output.kind != model.kind:  # tokens of the one may be added tokens here, spelt out
+            for token, added in output.added.items():
+                if found[added["id"]] < 0 and not added.get("special"):
+                    found[added["id"]] = model.by_bytes.get(as_text(token, output.alphabet), -1)
         return found
     for token, number in output.ids.items():
-        if token in output.added:
-            exact = model.ids.get(token) if token in model.added else None
-            spelt = token.encode("utf-8", "surrogatepass")
-        else:
-            exact, spelt = None, as_bytes(token, output.alphabet)
-        found[number] = model.by_bytes.get(spelt, -1) if exact is None else exact
+        entry = output.added.get(token)
+        if entry is None:
+            spelt = as_bytes(token, output.alphabet)
+            found[number] = model.by_bytes.get(spelt, -1)
+            if found[number] < 0 and (whole := spelt.decode("utf-8", "replace")) in model.added:
+                found[number] = model.ids[whole]
+            continue
+        exact = model.ids.get(token, -1) if token in model.added else -1
+        if exact < 0 and not entry.get("special"):
+            exact = model.by_bytes.get(as_text(token, output.alphabet), -1)
+        found[number] = exact
     return found
 
 

@@ -80,7 +80,7 @@ def _main() -> None:
         except MemoryError:
             faults.append("it takes too much memory to render")
         except Exception as error:
-            faults.append(f"{type(error).__name__.lstrip('_')}: {error}"[:300])
+            faults.append(f"{type(error).__name__.lstrip('_')}: {' '.join(str(error).split())}"[:300])
     print(json.dumps({"fault": faults[-1]}))
 
 

@@ -9,12 +9,15 @@ from mergekit.vocab.vocabulary import Vocabulary
 
 __all__ = ["settle_token_ids", "token_ids"]
 
+_SUFFIXES = ("_token_id", "_token_index")
+_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+
 
 def token_ids(settings: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
     """Each setting that names tokens by id, and the ids: ``("eos_token_id", [2])``."""
     for key, value in settings.items():
         ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
-        if key.endswith("_token_id") and ids and not isinstance(value, bool):
+        if (key.endswith(_SUFFIXES) or key in _LISTS) and ids and not isinstance(value, bool):
             yield key, ids
 
 
@@ -27,10 +30,14 @@ def settle_token_ids(
 ) -> list[str]:
     """Bring the token ids of ``settings`` in line with the vocabulary ``output``; returns warnings.
 
-    ``given`` are the settings of the model whose tokenizer ``output`` starts from: its ids hold. Others are ids of
-    ``before``, and become those of the same tokens. An id without token or row becomes null.
+    ``given`` are the settings of the model whose tokenizer ``output`` starts from: its ids hold, also where
+    ``settings`` name none. Others are ids of ``before``, and become those of the same tokens. An id without token or
+    row becomes null.
     """
     warnings = []
+    for key, _ in token_ids(given):
+        if key.endswith(_SUFFIXES) and settings.get(key) is None:
+            settings[key] = given[key]
     for key, ids in list(token_ids(settings)):
         theirs = dict(token_ids(given)).get(key)
         is_list = isinstance(settings[key] if theirs is None else given[key], list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ __all__ = [
 _HERE = Path(__file__).parent
 BUILT_IN = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 """The names of the templates that come with mergekit."""
+_SPECIAL = re.compile(r"[a-z_]+_token")
 _LEAST = 20
 """Fewer characters are no template but a name that we don't know."""
 _MOST_SECONDS = 20
@@ -49,8 +51,8 @@ def chat_template(folder: Path) -> str | None:
     path = folder / "tokenizer_config.json"
     value = read_json(path).get("chat_template") if path.is_file() else None
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
+        entries = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
+        value = entries[0].get("template") if entries else None
     return value.strip() if isinstance(value, str) else None
 
 
@@ -59,7 +61,7 @@ def special_strings(config: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
+        if _SPECIAL.fullmatch(key) and isinstance(text, str):
             found[key] = text
     return found
 
@@ -71,11 +73,12 @@ def syntax_fault(text: str) -> str | None:
     from mergekit.vocab.render import environment
 
     try:
+        text.encode("utf-8")
         environment().parse(text)
     except jinja2.TemplateSyntaxError as error:
-        return f"line {error.lineno}: {error.message}"
-    except (RecursionError, jinja2.TemplateError) as error:
-        return f"{type(error).__name__}: {error}"[:200]
+        return f"line {error.lineno}: {' '.join(str(error.message).split())}"
+    except (RecursionError, ValueError, OverflowError, jinja2.TemplateError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     return None
 
 

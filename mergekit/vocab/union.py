@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit.errors import IncompatibleError
 from mergekit.vocab.alphabet import as_bytes
+from mergekit.vocab.alphabet import as_text as spelling
 from mergekit.vocab.vocabulary import SETTINGS, Vocabulary, pairs
 
 __all__ = ["unite", "with_tokens"]
@@ -15,8 +16,6 @@ __all__ = ["unite", "with_tokens"]
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 _RULES = ("normalizer", "pre_tokenizer")
 _FLAGS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges", "fuse_unk")
-_UNLIKELY = 10.0
-"""How far below all pieces of a Unigram tokenizer the entries stand that only keep the places of added tokens."""
 
 
 def unite(vocabularies: Sequence[Vocabulary], rows: Sequence[int | None]) -> tuple[Vocabulary, list[str]]:
@@ -27,12 +26,15 @@ def unite(vocabularies: Sequence[Vocabulary], rows: Sequence[int | None]) -> tup
     first tokenizer stays as it is. If nothing is missing, the result is the first vocabulary itself.
 
     Tokenizers of one kind and alphabet are joined: ordinary tokens stay ordinary, and merges of BPE follow those of the
-    first. Where two of them split a text alike, so does the union; elsewhere merges of the first come first. Of
-    another alphabet (byte-level and SentencePiece) tokens that spell the same text count as the same, and others become
-    added tokens, which are found in text before anything is split. IncompatibleError for what has no union.
+    first. Where two BPE tokenizers split a text alike, so does the union (unless whole words are taken at once,
+    ``ignore_merges``); elsewhere merges of the first come first. Of another alphabet (byte-level and SentencePiece)
+    tokens that spell the same text count as the same, and others become added tokens, which are found in text before
+    anything is split; that is done last. IncompatibleError for what has no union.
     """
     builder = _Builder(vocabularies[0])
-    for other, limit in zip(vocabularies[1:], rows[1:], strict=True):
+    others = list(zip(vocabularies[1:], rows[1:], strict=True))
+    # What is joined first is there when others are asked what they spell that nobody does.
+    for other, limit in sorted(others, key=lambda pair: not builder.is_like(pair[0])):
         builder.take(other, other.size if limit is None else limit)
     return builder.result(), builder.warnings
 
@@ -41,7 +43,8 @@ def with_tokens(vocabulary: Vocabulary, contents: Iterable[str]) -> Vocabulary:
     """``vocabulary`` and, appended as added tokens, those of ``contents`` that it lacks."""
     builder = _Builder(vocabulary)
     for content in contents:
-        builder.add(content, _PLAIN, vocabulary.name)
+        if content not in vocabulary.ids:
+            builder.add(content, _PLAIN, vocabulary.name)
     return builder.result()
 
 
@@ -60,17 +63,20 @@ class _Builder:
         self._known: dict[tuple[str, str], None] | None = None
         self._spelt: dict[bytes, int] | None = None
 
+    def is_like(self, other: Vocabulary) -> bool:
+        """Whether tokens of ``other`` can be ordinary ones here."""
+        return self.first.kind == other.kind and self.first.alphabet == other.alphabet
+
     def take(self, other: Vocabulary, rows: int) -> None:
         """Add what ``other`` has more, of the ids below ``rows``."""
         mine = self.first
-        is_like = mine.kind == other.kind and mine.alphabet == other.alphabet
-        if not is_like and "words" in (mine.alphabet, other.alphabet):
+        if not self.is_like(other) and "words" in (mine.alphabet, other.alphabet):
             raise IncompatibleError(
                 f"the tokenizers of {mine.name} ({mine.kind}) and {other.name} ({other.kind}) have no union: WordPiece "
                 f"joins only WordPiece; choose one of the two, for example 'tokenizer_source: {mine.name}'"
             )
         tokens = sorted(((t, i) for t, i in other.ids.items() if i < rows), key=lambda item: item[1])
-        if is_like:
+        if self.is_like(other):
             self._join(other, [token for token, _ in tokens])
         else:
             self._append(other, [token for token, _ in tokens])
@@ -144,13 +150,15 @@ class _Builder:
     def _append(self, other: Vocabulary, tokens: Sequence[str]) -> None:
         """Take over tokens that spell what none here does as added tokens."""
         if self._spelt is None:
-            self._spelt = dict(self.first.by_bytes)
+            joined = {as_bytes(token, self.first.alphabet): number for token, number in self.ordinary.items()}
+            self._spelt = {**joined, **self.first.by_bytes}
         fresh = lost = 0
         for token in tokens:
-            if token in other.added:
-                self.add(token, other.added[token], other.name)
+            entry = other.added.get(token)
+            if entry is not None and (entry.get("special") or token in self.added):
+                self.add(token, entry, other.name)
                 continue
-            spelt = as_bytes(token, other.alphabet)
+            spelt = as_bytes(token, other.alphabet) if entry is None else spelling(token, other.alphabet)
             if spelt in self._spelt or not spelt:
                 continue
             try:
@@ -177,12 +185,10 @@ class _Builder:
         if is_same:
             return first
         model = dict(first.record["model"])
-        # The library numbers added tokens itself, unless its model knows them: so the model gets them all.
         if first.kind == "Unigram":
             model["vocab"] = self._pieces(model["vocab"])
         else:
-            places = {content: entry["id"] for content, entry in self.added.items()}
-            model["vocab"] = {**model["vocab"], **self.ordinary, **places}
+            model["vocab"] = {**model["vocab"], **self.ordinary, **self._places(model["vocab"])}
         if self.merges:
             model["merges"] = _written(model["merges"], self.merges)
         added = [
@@ -192,9 +198,26 @@ class _Builder:
         record = {**first.record, "added_tokens": added, "model": model}
         return Vocabulary(first.name, record, first.kind, self.ids, {entry["content"]: entry for entry in added})
 
+    def _places(self, vocab: Iterable[str]) -> dict[str, int]:
+        """The added tokens that the tokenizer's model has to know, so that they get their ids.
+
+        The library gives an added token that the model does not know the next id after those that there are. If that
+        makes the right ids, nothing has to be known; else all are.
+        """
+        known = {**dict.fromkeys(vocab), **dict.fromkeys(self.ordinary)}
+        most = -1
+        for content, entry in sorted(self.added.items(), key=lambda item: item[1]["id"]):
+            given = entry["id"] if content in known else max(most + 1, len(known))
+            if given != entry["id"]:
+                return {content: entry["id"] for content, entry in self.added.items()}
+            most = max(most, given)
+        return {}
+
     def _pieces(self, pieces: Sequence[Any]) -> list[Any]:
         """The pieces of a Unigram tokenizer, whose place is their id."""
-        lowest = min((score for _, score in pieces), default=0.0) - _UNLIKELY
+        if not self._places(piece for piece, _ in pieces):
+            return list(pieces)
+        lowest = min((score for _, score in pieces), default=0.0)  # nothing lower: what is unknown costs less than that
         by_id = {number: token for token, number in self.ids.items()}
         grown = list(pieces)
         for number in range(len(pieces), self._next):

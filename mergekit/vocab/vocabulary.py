@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 
 from mergekit.checkpoint import read_json
 from mergekit.errors import CheckpointError, IncompatibleError
-from mergekit.vocab.alphabet import Alphabet, alphabet_of, as_bytes
+from mergekit.vocab.alphabet import Alphabet, alphabet_of, as_bytes, as_text, is_byte
 
 __all__ = ["Vocabulary", "read_vocabulary", "vocabulary_of"]
 
 _KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 _MOST_IDS = 1 << 24
+_MOST_HOLES = 100_000
+_MOST_SCORE = 1e30
 _SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "tekken.json")
 SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """How an added token is found in text."""
@@ -53,11 +55,18 @@ class Vocabulary:
 
     @cached_property
     def by_bytes(self) -> Mapping[bytes, int]:
-        """The id of each ordinary token by the text that it spells; of several, the lowest."""
+        """The id of each token by the text that it spells, special tokens left out; of several, the lowest.
+
+        A piece that stands for a byte comes after all others: where a letter has a piece of its own, text has that.
+        """
         found: dict[bytes, int] = {}
-        for token, number in sorted(self.ids.items(), key=lambda item: item[1]):
-            if token not in self.added:
+        ordered = sorted(self.ids.items(), key=lambda item: (is_byte(item[0], self.alphabet), item[1]))
+        for token, number in ordered:
+            entry = self.added.get(token)
+            if entry is None:
                 found.setdefault(as_bytes(token, self.alphabet), number)
+            elif not entry.get("special"):
+                found.setdefault(as_text(token, self.alphabet), number)
         return found
 
 
@@ -68,7 +77,7 @@ def read_vocabulary(folder: Path, name: str) -> Vocabulary:
     """
     path = folder / "tokenizer.json"
     if path.is_file():
-        return vocabulary_of(read_json(path), name, str(path))
+        return _completed(vocabulary_of(read_json(path), name, str(path)), folder)
     slow = next((file for file in _SLOW if (folder / file).is_file()), None)
     if slow is None:
         raise IncompatibleError(f"{name} has no tokenizer (no tokenizer.json in {folder}), which its vocabulary needs")
@@ -78,12 +87,39 @@ def read_vocabulary(folder: Path, name: str) -> Vocabulary:
     )
 
 
+def _completed(found: Vocabulary, folder: Path) -> Vocabulary:
+    """``found`` and the tokens that only the files beside tokenizer.json know, as older programs left them."""
+    known = {number: token for token, number in found.ids.items()}
+    extra: dict[str, Mapping[str, Any]] = {}
+    for content, entry in _beside(folder):
+        if _is_id(entry["id"]) and content not in found.ids and entry["id"] not in known:
+            extra[content] = entry
+            known[entry["id"]] = content
+    if not extra:
+        return found
+    ids = {**found.ids, **{content: entry["id"] for content, entry in extra.items()}}
+    added = sorted({**found.added, **extra}.items(), key=lambda item: item[1]["id"])
+    return replace(found, ids=ids, added=dict(added))
+
+
+def _beside(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The added tokens of tokenizer_config.json and added_tokens.json, as entries of tokenizer.json."""
+    path = folder / "tokenizer_config.json"
+    decoder = read_json(path).get("added_tokens_decoder") if path.is_file() else None
+    for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(number).isdecimal():
+            yield entry["content"], {**entry, "id": int(number)}
+    path = folder / "added_tokens.json"
+    for content, number in (read_json(path) if path.is_file() else {}).items():
+        yield content, {"content": content, "id": number, "special": True}
+
+
 def vocabulary_of(record: Mapping[str, Any], name: str, place: str) -> Vocabulary:
     """The vocabulary that a tokenizer.json describes; ``place`` is where it was found."""
     model = record.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{place}: no 'model'; this is no tokenizer, or one of an unknown format")
-    kind = model.get("type") or next((k for k in ("BPE",) if "merges" in model), "WordLevel")
+    kind = model.get("type") or _kind_of(model)
     if kind not in _KINDS:
         raise CheckpointError(f"{place}: a tokenizer of type '{kind!s:.40}' is not known here")
     ids = _ordinary(model, kind, place)
@@ -95,12 +131,32 @@ def vocabulary_of(record: Mapping[str, Any], name: str, place: str) -> Vocabular
                 f"{place}: the added token {content!r} has id {entry['id']}, but the vocabulary gives it {known}"
             )
     _no_twins(ids, place)
+    largest = max(ids.values(), default=0)
+    if largest > 2 * len(ids) + _MOST_HOLES:
+        raise CheckpointError(
+            f"{place}: {len(ids)} tokens, but one has id {largest}; its embeddings would be mostly empty"
+        )
+    try:
+        "".join(ids).encode("utf-8")
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{place}: a token is no text (it holds half of a surrogate pair)") from None
     return Vocabulary(name, record, kind, ids, added)
+
+
+def _kind_of(model: Mapping[str, Any]) -> str:
+    """The type of a model that does not name it, as old files don't."""
+    if "merges" in model:
+        return "BPE"
+    if isinstance(model.get("vocab"), list):
+        return "Unigram"
+    return "WordPiece" if "max_input_chars_per_word" in model or "continuing_subword_prefix" in model else "WordLevel"
 
 
 def _ordinary(model: Mapping[str, Any], kind: str, place: str) -> dict[str, int]:
     """The ordinary tokens and their ids."""
     vocab = model.get("vocab")
+    if not isinstance(model.get("continuing_subword_prefix"), str | None):
+        raise CheckpointError(f"{place}: 'continuing_subword_prefix' is no text")
     if kind == "Unigram":
         if not isinstance(vocab, list) or not all(_is_piece(piece) for piece in vocab):
             raise CheckpointError(f"{place}: 'vocab' is not a list of pieces and scores")
@@ -109,17 +165,18 @@ def _ordinary(model: Mapping[str, Any], kind: str, place: str) -> dict[str, int]
     if not isinstance(vocab, dict) or not all(_is_id(number) for number in vocab.values()):
         raise CheckpointError(f"{place}: 'vocab' does not map tokens to ids")
     if kind == "BPE":
-        _check_merges(model.get("merges"), vocab, place)
+        _check_merges(model.get("merges"), vocab, len(model.get("continuing_subword_prefix") or ""), place)
     return dict(vocab)
 
 
-def _check_merges(merges: Any, vocab: Mapping[str, int], place: str) -> None:
+def _check_merges(merges: Any, vocab: Mapping[str, int], prefix: int, place: str) -> None:
     if not isinstance(merges, list):
         raise CheckpointError(f"{place}: 'merges' is not a list")
     found = pairs(merges, place)
-    if vocab.keys() >= set(chain.from_iterable(found)):
+    made = {a + b[prefix:] for a, b in found}
+    if vocab.keys() >= set(chain.from_iterable(found)) and vocab.keys() >= made:
         return
-    a, b = next(pair for pair in found if pair[0] not in vocab or pair[1] not in vocab)
+    a, b = next((a, b) for a, b in found if not {a, b, a + b[prefix:]} <= vocab.keys())
     raise CheckpointError(f"{place}: the merge of {a!r:.40} and {b!r:.40} is not in the vocabulary")
 
 
@@ -148,6 +205,10 @@ def _added(entries: Any, ids: Mapping[str, int], place: str) -> dict[str, Mappin
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not _is_id(entry.get("id")):
             raise CheckpointError(f"{place}: {entry!r:.60} is not an added token")
+        if not all(isinstance(entry.get(key, False), bool) for key in SETTINGS):
+            raise CheckpointError(
+                f"{place}: a setting of the added token {entry['content']!r:.40} is not true or false"
+            )
         before = found.setdefault(entry["content"], entry)
         if before["id"] != entry["id"]:
             raise CheckpointError(
@@ -177,4 +238,5 @@ def _is_piece(value: object) -> bool:
         and isinstance(value[0], str)
         and isinstance(value[1], (int, float))
         and not isinstance(value[1], bool)
+        and abs(value[1]) < _MOST_SCORE
     )
