@@ -109,6 +109,12 @@ def test_what_recipes_ask_for(models, more):
     assert merged("{{ bos_token }}{{ messages[0].content }}", **more) == "{{ bos_token }}{{ messages[0].content }}"
 
 
+def test_tokens_that_a_template_needs_and_the_vocabulary_lacks(models):
+    record = {"merge_method": "linear", "models": [{"model": m} for m in "abc"], "parameters": {"weight": 1}}
+    Path("r.yml").write_text(yaml.safe_dump({**record, "chat_template": "chatml"}))
+    assert "<|im_start|>, <|im_end|>, which the vocabulary does not have" in mergekit_yaml("r.yml", "out").err
+
+
 @pytest.mark.parametrize(
     "template", ["chatlm", "no template at all, but long enough", "{{ messages", FAULTY["syntax"][0]]
 )

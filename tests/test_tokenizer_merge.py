@@ -107,6 +107,15 @@ def test_every_row_is_the_merge_of_the_rows_of_its_token(kind, source):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_the_plan_says_that_rows_are_gathered():
+    three("byte_bpe")
+    Path("r.yml").write_text(yaml.safe_dump(recipe(["a", "b", "c"], tokenizer_source="union")))
+    result = mergekit("plan", "r.yml")
+    assert result.code == 0
+    assert "gather rows, linear [0] [1] [2]" in result.out
+    assert "tokenizer.json, tokenizer_config.json written anew" in result.out
+
+
 def test_without_a_base_what_several_have_is_averaged():
     first, other = train("byte_bpe", TEXTS[:2]), train("byte_bpe", TEXTS[2:])
     ids = [

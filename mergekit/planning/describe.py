@@ -72,7 +72,9 @@ def _add(group: Group, output: OutputTensor) -> None:
 def _action(expression: Expression) -> tuple[str, tuple[int, ...]]:
     sources = tuple(dict.fromkeys(read.source for read in leaves(expression)))
     if isinstance(expression, Apply):
-        return expression.method, tuple(next(leaves(leaf)).source for leaf in expression.inputs)
+        gathered = any(isinstance(leaf, Rows) for leaf in expression.inputs)
+        action = f"gather rows, {expression.method}" if gathered else expression.method
+        return action, tuple(next(leaves(leaf)).source for leaf in expression.inputs)
     if isinstance(expression, Identical):
         return "copy if identical", sources
     steps = list(dict.fromkeys(_steps(expression.input if isinstance(expression, Cast) else expression))) or ["copy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from mergekit.planning.document import TOKENIZER_FILES, donor_files
 from mergekit.planning.models import Models
 from mergekit.planning.vocabulary import Alignment
 from mergekit.recipe import Recipe
-from mergekit.vocab import as_text
+from mergekit.vocab import as_text, read_vocabulary
 from mergekit.vocab.special import settle_token_ids
 from mergekit.vocab.templates import BUILT_IN, chat_template, special_strings, template_fault, template_text
 
 __all__ = ["SmallFiles", "small_files"]
+
+_CONTROL = re.compile(r"<\|[a-z0-9_]+\|>")
 
 _KEPT = frozenset(["special_tokens_map.json", "chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
 """Tokenizer files that a new vocabulary leaves true; the others spell out the old one."""
@@ -44,7 +47,7 @@ def small_files(recipe: Recipe, models: Models, alignment: Alignment | None, *, 
     if alignment is not None and alignment.is_new:
         _rewrite(files, alignment, folder)
     if wanted:
-        _set_template(recipe, models, files, folder)
+        _set_template(recipe, models, alignment, files, folder)
     elif recipe.config.chat_template is not None:
         files.warnings.append("'chat_template' is not applied, because no tokenizer is copied")
     if alignment is not None and alignment.owner != models.donor:
@@ -75,11 +78,19 @@ def _rewrite(files: SmallFiles, alignment: Alignment, folder: Path) -> None:
     files.texts["tokenizer_config.json"] = _json(config)
 
 
-def _set_template(recipe: Recipe, models: Models, files: SmallFiles, folder: Path) -> None:
+def _set_template(recipe: Recipe, models: Models, alignment: Alignment | None, files: SmallFiles, folder: Path) -> None:
     """Put the chat template that the recipe asks for into the files, if it is not there."""
     wanted = _template(recipe, models, folder)
     if wanted is None or wanted.strip() == chat_template(folder):
         return
+    if alignment is not None or (folder / "tokenizer.json").is_file():
+        output = read_vocabulary(folder, folder.name) if alignment is None else alignment.output
+        strange = [token for token in dict.fromkeys(_CONTROL.findall(wanted)) if token not in output.ids]
+        if strange:
+            files.warnings.append(
+                f"the chat template uses {', '.join(strange[:4])}, which the vocabulary does not have as "
+                f"{'a token' if len(strange) == 1 else 'tokens'}, so the model will see pieces of text"
+            )
     files.texts["chat_template.jinja"] = wanted
     path = folder / "tokenizer_config.json"
     text = files.texts.get("tokenizer_config.json")

@@ -142,8 +142,8 @@ class Alignment:
 
 
 def _leaf(reads: Sequence[Leaf], infos: Sequence[TensorInfo], i: int, table: np.ndarray) -> Leaf:
-    """Input ``i`` as its table says: itself where nothing changes, a prefix of it, or rows gathered."""
-    used = [j for j, column in enumerate(table) if j == i or (column != -1).any()]
+    """Input ``i`` as its table says: itself where nothing changes, a prefix of it, or rows gathered, its own first."""
+    used = [i, *(j for j, column in enumerate(table) if j != i and (column != -1).any())]
     rows = table.shape[1]
     if used == [i] and np.array_equal(table[i], np.arange(rows)):
         return reads[i] if infos[i].shape[0] == rows else Split(reads[i], 0, rows)
