@@ -43,7 +43,7 @@ class RowsReader:
         out[:] = rows.reshape(-1)[begin : begin + count]
 
     def _gather(self, first: int, stop: int, out: np.ndarray, *, means: bool = True) -> None:
-        """Rows ``first .. stop`` into ``out``, float32 [rows, columns]; without ``means``, those stay zero."""
+        """Rows ``first .. stop`` into ``out``, float32 [rows, columns]; without ``means``, those are left undone."""
         numbers = self._numbers[:, first:stop]
         counts = (numbers >= 0).sum(axis=0)
         out[counts != 1] = 0.0
@@ -71,7 +71,7 @@ class RowsReader:
             stop = min(first + step, len(present))
             rows = np.empty((stop - first, self._columns), np.float32)
             self._gather(first, stop, rows, means=False)
-            total += rows.sum(axis=0, dtype=np.float64)  # rows that are means are zero so far
+            total += rows[present[first:stop]].sum(axis=0, dtype=np.float64)
         return (total / max(int(present.sum()), 1)).astype(np.float32)
 
 
