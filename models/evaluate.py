@@ -51,7 +51,9 @@ def evaluate(path: Path, quick: bool = False) -> dict[str, DomainScore]:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
     return evaluate_model(model, tokenizer, quick=quick)
@@ -183,9 +185,6 @@ def main(argv: list[str] | None = None) -> int:
     missing = [folder for folder in options.folders if not (folder / "config.json").is_file()]
     if missing:
         parser.error(f"{missing[0]} holds no config.json; give the folder of a checkpoint")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     scores = {str(folder): evaluate(folder, quick=options.quick) for folder in options.folders}
     if options.json:
         plain = {name: {domain: asdict(score) for domain, score in row.items()} for name, row in scores.items()}

@@ -18,11 +18,11 @@ from mergekit.seeds import stream_key
 
 __all__ = ["FloatWork", "MergeWork"]
 
-_PIECES, _LEAST_PIECE, _MOST_PIECE = 8, 1 << 14, 1 << 16
+_PIECES, _LEAST_PIECE, _MOST_PIECE = 4, 1 << 13, 1 << 16
 """A sample has at least so many pieces, of so many elements: shorter ones would cut blocks into small reads."""
 _EVERY = 16
 """One piece of so many is looked at ..."""
-_SMALL = 1 << 19
+_SMALL = 1 << 18
 """... unless the tensor has at most so many elements: then all of them are."""
 
 
