@@ -66,7 +66,8 @@ def test_a_model_with_nan_stops_the_merge_of_files():
 
 @pytest.mark.parametrize("name", ["ties", "dare_ties", "della"])
 def test_nan_shows_with_gradients_as_without(name):
-    torch = pytest.importorskip("torch")
+    import torch
+
     x = [torch.zeros(64), torch.randn(64, generator=torch.Generator().manual_seed(0)), torch.ones(64)]
     x[1][5] = float("nan")
     options = {"weight": 1.0, **({"epsilon": 0.1, "density": 0.5} if name == "della" else {})}
@@ -77,7 +78,6 @@ def test_nan_shows_with_gradients_as_without(name):
 
 
 def test_calibration_keeps_lambda_and_leaves_out_models_without_weight():
-    pytest.importorskip("torch")
     random = np.random.default_rng(2)
     x = [np.zeros((9, 7), np.float32), *(random.standard_normal((2, 9, 7)).astype(np.float32))]
 

@@ -164,10 +164,14 @@ def test_files_without_a_type_and_tokens_beside_them(tmp_path):
         del record["model"]["type"]
         path.write_text(json.dumps(record))
         assert read_vocabulary(tmp_path / kind, kind).kind == expected
-    (tmp_path / kind / "added_tokens.json").write_text('{"[PAD]": 9000, "<s>": 77, "odd": "x"}')
+    beside = tmp_path / kind / "added_tokens.json"
+    beside.write_text('{"[PAD]": 9000, "<s>": 77, "odd": "x"}')
     found = read_vocabulary(tmp_path / kind, kind)
     assert found.ids["[PAD]"] == 9000
     assert found.ids["<s>"] == 0
+    for text, phrase in (('{"[PAD]": 16777214}', "mostly empty"), ('{"\\ud800": 9000}', "is no text")):
+        beside.write_text(text)
+        assert phrase in str(refusal(read_vocabulary, tmp_path / kind, kind))
 
 
 def test_what_has_no_union_is_refused(tmp_path):
@@ -223,8 +227,8 @@ def test_maps_say_which_row_has_the_token(data):
         assert (places >= 0).sum() == len(one.ids)
 
 
-def test_a_large_union_is_quick():
-    """150,000 tokens and three models; the time itself is in the documentation."""
+def test_a_large_union():
+    """150,000 tokens and three models."""
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(200_000)]
     made = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.checkpoint import read_json
+from mergekit.errors import MergekitError
 from mergekit.planning.document import TOKENIZER_FILES, donor_files
 from mergekit.planning.models import Models
 from mergekit.planning.vocabulary import Alignment
@@ -83,14 +84,12 @@ def _set_template(recipe: Recipe, models: Models, alignment: Alignment | None, f
     wanted = _template(recipe, models, folder)
     if wanted is None or wanted.strip() == chat_template(folder):
         return
-    if alignment is not None or (folder / "tokenizer.json").is_file():
-        output = read_vocabulary(folder, folder.name) if alignment is None else alignment.output
-        strange = [token for token in dict.fromkeys(_CONTROL.findall(wanted)) if token not in output.ids]
-        if strange:
-            files.warnings.append(
-                f"the chat template uses {', '.join(strange[:4])}, which the vocabulary does not have as "
-                f"{'a token' if len(strange) == 1 else 'tokens'}, so the model will see pieces of text"
-            )
+    strange = _strange(wanted, alignment, folder)
+    if strange:
+        files.warnings.append(
+            f"the chat template uses {', '.join(strange[:4])}, which the vocabulary does not have as "
+            f"{'a token' if len(strange) == 1 else 'tokens'}, so the model will see pieces of text"
+        )
     files.texts["chat_template.jinja"] = wanted
     path = folder / "tokenizer_config.json"
     text = files.texts.get("tokenizer_config.json")
@@ -98,6 +97,15 @@ def _set_template(recipe: Recipe, models: Models, alignment: Alignment | None, f
     if "chat_template" in config:  # older programs read it here
         config["chat_template"] = wanted
         files.texts["tokenizer_config.json"] = _json(config)
+
+
+def _strange(template: str, alignment: Alignment | None, folder: Path) -> list[str]:
+    """What a template writes like a special token, though the vocabulary has none such."""
+    try:
+        output = read_vocabulary(folder, folder.name) if alignment is None else alignment.output
+    except MergekitError:  # nothing else asks for the vocabulary, so what is wrong with it is no fault of the merge
+        return []
+    return [token for token in dict.fromkeys(_CONTROL.findall(template)) if token not in output.ids]
 
 
 def _template(recipe: Recipe, models: Models, folder: Path) -> str | None:

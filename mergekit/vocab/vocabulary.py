@@ -98,6 +98,7 @@ def _completed(found: Vocabulary, folder: Path) -> Vocabulary:
     if not extra:
         return found
     ids = {**found.ids, **{content: entry["id"] for content, entry in extra.items()}}
+    _hold(ids, f"{folder}: the added tokens beside tokenizer.json")
     added = sorted({**found.added, **extra}.items(), key=lambda item: item[1]["id"])
     return replace(found, ids=ids, added=dict(added))
 
@@ -131,6 +132,12 @@ def vocabulary_of(record: Mapping[str, Any], name: str, place: str) -> Vocabular
                 f"{place}: the added token {content!r} has id {entry['id']}, but the vocabulary gives it {known}"
             )
     _no_twins(ids, place)
+    _hold(ids, place)
+    return Vocabulary(name, record, kind, ids, added)
+
+
+def _hold(ids: Mapping[str, int], place: str) -> None:
+    """Refuse ids far beyond the number of tokens, and tokens that can't be written."""
     largest = max(ids.values(), default=0)
     if largest > 2 * len(ids) + _MOST_HOLES:
         raise CheckpointError(
@@ -140,7 +147,6 @@ def vocabulary_of(record: Mapping[str, Any], name: str, place: str) -> Vocabular
         "".join(ids).encode("utf-8")
     except UnicodeEncodeError:
         raise CheckpointError(f"{place}: a token is no text (it holds half of a surrogate pair)") from None
-    return Vocabulary(name, record, kind, ids, added)
 
 
 def _kind_of(model: Mapping[str, Any]) -> str:
