@@ -11,12 +11,12 @@ from mergekit.dtypes import F32
 from mergekit.errors import NonFiniteError
 from mergekit.execute.statistics import Tally
 from mergekit.execute.work import Job, Work
-from mergekit.methods import get_method
+from mergekit.methods import Method, get_method
 from mergekit.methods.guard import guarded
 from mergekit.planning.plan import Apply
 from mergekit.seeds import stream_key
 
-__all__ = ["FloatWork", "MergeWork"]
+__all__ = ["FloatWork", "MergeWork", "guard"]
 
 _PIECES, _LEAST_PIECE, _MOST_PIECE = 4, 1 << 13, 1 << 16
 """A sample has at least so many pieces, of so many elements: shorter ones would cut blocks into small reads."""
@@ -112,14 +112,18 @@ class FloatWork(Work):
             self.sink.note(f"{self.output.name} came out with NaN or infinity (--allow-nonfinite)")
 
 
+def guard(apply: Apply, job: Job) -> Method:
+    """The method of ``apply``, held to what its form says."""
+    method = get_method(apply.method)
+    return guarded(method, job.output.name, len(job.readers) - (apply.has_base and method.form.space == "deltas"))
+
+
 class MergeWork(FloatWork):
     """A merge method applied to tensors. Each form of method has a subclass."""
 
     def __init__(self, apply: Apply, job: Job, align: int | None = None) -> None:
         super().__init__(job, align)
-        method = get_method(apply.method)
-        count = len(self.readers) - (apply.has_base and method.form.space == "deltas")
-        self.apply, self.method = apply, guarded(method, self.output.name, count)
+        self.apply, self.method = apply, guard(apply, job)
         self.parameters = dict(apply.parameters)
         self.base = 0 if apply.has_base else -1
 

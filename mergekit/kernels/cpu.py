@@ -3,6 +3,7 @@
 from mergekit.kernels.checksum import checksum
 from mergekit.kernels.codec import CODES, all_finite
 from mergekit.kernels.elementwise import CHUNK, arrays, count_lower, count_upper, keep_largest, load_chunk, on_host
+from mergekit.kernels.fused import fuse
 from mergekit.kernels.groups import group_gains
 from mergekit.kernels.ranks import rank_gains
 from mergekit.kernels.rounding import count_nonfinite, round_stochastically, store
@@ -50,6 +51,7 @@ __all__ = [
     "count_nonfinite",
     "count_upper",
     "fine_histogram",
+    "fuse",
     "gram",
     "group_gains",
     "keep_largest",

@@ -15,6 +15,8 @@ from mergekit.kernels.sparse import count_low_bits
 
 CHUNK = 1 << 17
 """Elements of a chunk. Smaller ones stay in faster caches, but then threads wait for the interpreter's lock more."""
+ALL = -1
+"""The threshold that selects all elements."""
 TABLES = 4
 """Tables that take turns, so that equal neighbours don't wait for each other's increment."""
 
@@ -41,12 +43,12 @@ def count_upper(keys: np.ndarray, totals: np.ndarray) -> int:
 
     Returns how many of them are not zero.
     """
-    return int(_count_upper(keys, totals))
+    return int(tally_upper(keys, totals))
 
 
 def count_lower(keys: np.ndarray, upper: int, totals: np.ndarray) -> None:
     """Count the lower 16 bits of the float32 ``keys`` whose 15 bits before are ``upper``, into uint32 [65536]."""
-    _count_lower(keys, upper, totals)
+    tally_lower(keys, upper, totals)
 
 
 def keep_largest(
@@ -58,7 +60,7 @@ def keep_largest(
     """
     kept = np.empty(len(keys), np.float32)
     # Once no tie is left to keep, none has to be looked for: keys are not negative, so their bits order like them.
-    left = int(_keep_largest(keys, np.uint32(threshold + (left == 0)), left, kept))
+    left = int(mark_largest(keys, np.uint32(threshold + (left == 0)), left, kept))
     for values in x:
         values *= kept
     return x, left
@@ -88,7 +90,8 @@ def _decode_chunk(raw: np.ndarray, codes: np.ndarray, base: int, start: int, cou
 
 
 @kernel
-def _count_upper(keys: np.ndarray, totals: np.ndarray) -> int:
+def tally_upper(keys: np.ndarray, totals: np.ndarray) -> int:
+    """``count_upper``, for kernels."""
     count, nonzero = len(keys), 0
     bins = np.empty(count, np.uint16)
     for i in range(count):
@@ -107,7 +110,8 @@ def _count_upper(keys: np.ndarray, totals: np.ndarray) -> int:
 
 
 @kernel
-def _count_lower(keys: np.ndarray, upper: int, totals: np.ndarray) -> None:
+def tally_lower(keys: np.ndarray, upper: int, totals: np.ndarray) -> None:
+    """``count_lower``, for kernels."""
     bits = np.empty(len(keys), np.uint32)
     for i in range(len(keys)):
         bits[i] = as_bits(keys[i]) & np.uint32(0x7FFFFFFF)
@@ -115,7 +119,8 @@ def _count_lower(keys: np.ndarray, upper: int, totals: np.ndarray) -> None:
 
 
 @kernel
-def _keep_largest(keys: np.ndarray, threshold: np.uint32, left: int, kept: np.ndarray) -> int:
+def mark_largest(keys: np.ndarray, threshold: np.uint32, left: int, kept: np.ndarray) -> int:
+    """Set ``kept`` (float32) to 1 for keys of at least ``threshold``, of ties the first ``left``; to 0 for others."""
     ties = np.uint32(0)
     for i in range(len(keys)):
         bits = np.uint32(as_bits(keys[i]) & np.uint32(0x7FFFFFFF))

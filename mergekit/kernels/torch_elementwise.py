@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from mergekit.kernels import elementwise
 from mergekit.kernels.codec import CODES
 from mergekit.kernels.sparse import COARSE_BINS, FINE_BINS
 from mergekit.kernels.torch_blocks import TorchBlocks, on_device
+from mergekit.kernels.trace import UntraceableError
 
 __all__ = ["ElementwiseKernels"]
 
@@ -30,6 +33,12 @@ class ElementwiseKernels(TorchBlocks):
     def arrays(self) -> ModuleType:
         """See ``elementwise.arrays``."""
         return torch
+
+    def fuse(
+        self, function: Callable[..., Any], arrays: int, *extra: Any, sums: bool = False, **parameters: Any
+    ) -> Any:
+        """See ``fused.fuse``: raises UntraceableError, since functions are called with tensors here."""
+        raise UntraceableError("torch computes with tensors")
 
     @on_device
     def load_chunk(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from mergekit.kernels import cpu, four_bit, lora
+from mergekit.kernels import cpu, four_bit, fused, lora
 
 __all__ = ["FORMS", "cold_forms", "warm_up"]
 
@@ -52,6 +52,12 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
             cpu.count_upper(values, np.zeros((4, cpu.COARSE_BINS), np.int64))
             cpu.count_lower(values, 0, np.zeros(cpu.FINE_BINS, np.uint32))
             cpu.keep_largest((values,), values, 0, 0)
+            first = cpu.fuse(lambda xp, x: x[0] * 1.0, 1)
+            call = (rows, codes, 0, count, first.address, first.scalars)
+            fused.upper_pass(*call, np.zeros((4, cpu.COARSE_BINS), np.int64))
+            fused.lower_pass(*call, 0, np.zeros(cpu.FINE_BINS, np.uint32))
+            fused.sums_pass(*call, first.address, first.scalars, 0, 0, np.zeros(1))
+            fused.merge_pass(*call, first.address, first.scalars, 0, 0, np.float32(1), out, 0)
         elif form == "adapters":
             values, scales = np.zeros(128, np.float32), np.ones(2, np.float32)
             lora.add_product(values, 0, 64, np.zeros((2, 1), np.float32), np.zeros((1, 64), np.float32), ones[0])
