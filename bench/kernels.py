@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from mergekit.dtypes import BF16, F32
-from mergekit.kernels import cpu
+from mergekit.kernels import cpu, fused
+from mergekit.methods import Elementwise, get_method
 
 MODELS, COUNT, BLOCKS = 3, 1 << 17, 64
 """Models, elements of a block, and blocks: 50 MB of inputs."""
@@ -55,6 +56,10 @@ def _load(rows: np.ndarray, chunk: np.ndarray) -> None:
         cpu.load_chunk(rows, CODES, 0, start, cpu.CHUNK, chunk)
 
 
+def _call(made: fused.Fused) -> tuple[int, np.ndarray]:
+    return made.address, made.scalars
+
+
 def kernels() -> dict[str, tuple[Call, int]]:
     """Each kernel on one block, and the bytes that it reads and writes for each element."""
     gram, coarse = np.zeros((MODELS, MODELS)), np.zeros((MODELS, cpu.COARSE_BINS), np.int64)
@@ -68,6 +73,13 @@ def kernels() -> dict[str, tuple[Call, int]]:
     table, chunk = np.ones((MODELS, ROW), np.float32), np.empty((MODELS, cpu.CHUNK), np.float32)
     tables, lower = np.zeros((4, cpu.COARSE_BINS), np.int64), np.zeros(cpu.FINE_BINS, np.uint32)
     keys = np.abs(VALUES)
+    sce, deltas = get_method("sce"), MODELS - 1
+    assert isinstance(sce.form, Elementwise)
+    assert sce.form.key
+    assert sce.form.measure
+    key = fused.fuse(sce.form.key, deltas, select_topk=0.5)
+    terms = fused.fuse(sce.form.measure, deltas, sums=True, select_topk=0.5)
+    function = fused.fuse(sce.function, deltas, np.ones(deltas), select_topk=0.5)
     read, both, single = 2 * MODELS, 2 * MODELS + 2, F32.size
     return {
         "weighted_sum": (lambda r, o: cpu.weighted_sum(r, CODES, ONES, COUNT, o, OUT), both),
@@ -96,6 +108,23 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "count_upper": (lambda r, o: cpu.count_upper(keys, tables), single),
         "count_lower": (lambda r, o: cpu.count_lower(keys, int(TOP) >> 16, lower), single),
         "keep_largest": (lambda r, o: cpu.keep_largest((VALUES,), keys, int(TOP), 1 << 40), 3 * single),
+        "upper_pass of sce": (lambda r, o: fused.upper_pass(r, CODES, 0, COUNT, *_call(key), tables), read),
+        "lower_pass of sce": (
+            lambda r, o: fused.lower_pass(r, CODES, 0, COUNT, *_call(key), int(TOP) >> 16, lower),
+            read,
+        ),
+        "sums_pass of sce": (
+            lambda r, o: fused.sums_pass(
+                r, CODES, 0, COUNT, *_call(terms), *_call(key), int(TOP), 1 << 40, np.zeros(MODELS - 1)
+            ),
+            read,
+        ),
+        "merge_pass of sce": (
+            lambda r, o: fused.merge_pass(
+                r, CODES, 0, COUNT, *_call(function), *_call(key), int(TOP), 1 << 40, np.float32(1), o, OUT
+            ),
+            both,
+        ),
         "statistics": (
             lambda r, o: cpu.statistics(r, CODES, 0, VALUES, o, OUT, COUNT, products, np.zeros(2, np.int64)),
             both + single,

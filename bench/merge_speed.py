@@ -2,6 +2,7 @@
 
     python bench/merge_speed.py                      # 1.1B parameters, base and two fine-tunes, bfloat16
     python bench/merge_speed.py --rounds 5 --methods linear ties
+    python bench/merge_speed.py --statistics         # what gathering statistics costs
     python bench/merge_speed.py --other 'other-tool {recipe} {out}'   # another tool on the same files
 
 Each round runs the floor and every method once, in turn, so that a change of the machine's speed meets them all. The
@@ -40,6 +41,9 @@ GOAL = {
 
 VALUES = {"weight": 0.5, "density": 0.5, "t": 0.4, "select_topk": 0.5}
 """Parameters of the benchmark, for the methods that have them; the others keep their defaults."""
+
+
+PLAIN = "--no-stats"
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--statistics", action="store_true", help=f"run each method with {PLAIN} too")
     parser.add_argument("--other", help="another tool's command with {recipe} and {out}, run once per method")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
@@ -129,13 +134,14 @@ def main() -> None:
                 runs.setdefault(f"floor, {len(names)} in", []).append(run)
                 floors[key] = run.wall
                 target.unlink()
-            run = measure(
-                [sys.executable, "-m", "mergekit", "merge", str(path), str(out), "-j", str(args.threads), "--quiet"]
-            )
-            runs.setdefault(method, []).append(run)
-            ratios.setdefault(method, []).append(run.wall / floors[key])
-            shutil.rmtree(out)
-            print(f"round {number + 1} {method}: {run.wall:.2f} s, {ratios[method][-1]:.2f} x floor", file=sys.stderr)
+            variants = [method, f"{method} {PLAIN}"] if args.statistics else [method]
+            for name in variants if number % 2 else reversed(variants):
+                command = [sys.executable, "-m", "mergekit", "merge", str(path), str(out), "-j", str(args.threads)]
+                run = measure([*command, "--quiet", *([PLAIN] if name != method else [])])
+                runs.setdefault(name, []).append(run)
+                ratios.setdefault(name, []).append(run.wall / floors[key])
+                shutil.rmtree(out)
+                print(f"round {number + 1} {name}: {run.wall:.2f} s, {ratios[name][-1]:.2f} x floor", file=sys.stderr)
     if args.other:
         for method in args.methods:
             command = shlex.split(args.other.format(recipe=args.folder / f"{method}.yml", out=out))

@@ -45,7 +45,7 @@ def loudest(*, weight, density):
 
 def squares(xp, x, *, k):
     """For each task vector the sum of its squares, then the number of its entries that are not zero."""
-    return xp.stack([xp.sum(d * d) for d in x] + [xp.sum((d != 0) * 1.0) for d in x])
+    return xp.stack([xp.sum(d * d) for d in x] + [xp.sum(xp.asarray(d != 0, dtype=xp.float32)) for d in x])
 
 
 @method(

@@ -22,6 +22,7 @@ class Buffers:
     def __init__(self) -> None:
         self._rows = np.empty(0, np.uint8)
         self._out = np.empty(0, np.uint8)
+        self._values = np.empty(0, np.float32)
 
     def rows(self, count: int, nbytes: int, sources: Sequence[int]) -> np.ndarray:
         """uint8 [count, nbytes] to be filled from file offsets ``sources``; rows are whole pages apart."""
@@ -37,6 +38,12 @@ class Buffers:
             self._out = np.empty(nbytes + 2 * PAGE, np.uint8)
         start = _start(self._out, lambda phase: (target - phase) % PAGE)
         return self._out[start : start + nbytes]
+
+    def values(self, count: int) -> np.ndarray:
+        """float32 [count]. (New memory for each block would be mapped, cleared and given back each time.)"""
+        if self._values.size < count:
+            self._values = np.empty(count, np.float32)
+        return self._values[:count]
 
 
 def _start(memory: np.ndarray, distance: Callable[[int], int]) -> int:

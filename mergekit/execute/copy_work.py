@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mergekit.errors import IncompatibleError
+from mergekit.execute.buffers import Buffers
 from mergekit.execute.float_work import FloatWork
 from mergekit.execute.work import Job, Work
 
@@ -21,7 +22,9 @@ class CopyWork(Work):
         super().__init__(job)
         self._finite = True
 
-    def compute(self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray) -> None:
+    def compute(
+        self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray, buffers: Buffers
+    ) -> None:
         out[:] = rows[0, : len(out)]
         if self.codes[0] >= 0 and not self.kernels.all_finite(out, self.codes[0], count):
             self._finite = False
@@ -39,7 +42,9 @@ class IdenticalWork(Work):
         super().__init__(job)
         self._names = names
 
-    def compute(self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray) -> None:
+    def compute(
+        self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray, buffers: Buffers
+    ) -> None:
         out[:] = rows[0, : len(out)]
         for row, name in zip(rows[1:], self._names[1:], strict=True):
             if not np.array_equal(row[: len(out)], out):

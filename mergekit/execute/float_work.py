@@ -9,6 +9,7 @@ import numpy as np
 
 from mergekit.dtypes import F32
 from mergekit.errors import NonFiniteError
+from mergekit.execute.buffers import Buffers
 from mergekit.execute.statistics import Tally
 from mergekit.execute.work import Job, Work
 from mergekit.methods import Method, get_method
@@ -67,12 +68,14 @@ class FloatWork(Work):
     def _is_watched(self, at: int) -> bool:
         return self._tally is not None and (self._stride == 1 or at // self._piece % self._stride == 0)
 
-    def compute(self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray) -> None:
+    def compute(
+        self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray, buffers: Buffers
+    ) -> None:
         watched = self._is_watched(at)
         if not watched and not self._is_stochastic:
             self._check(self.merge(state, rows, at, count, out, self.out_code), index, out, count)
             return
-        values = np.empty(count, np.float32)
+        values = buffers.values(count)
         if watched:
             self.watch(index, state, rows, at, count)
         finite = self.merge(state, rows, at, count, values.view(np.uint8), self.kernels.CODES[F32])

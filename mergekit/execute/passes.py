@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -74,6 +75,7 @@ class _ChunkPasses:
         self.align: int | None = kernels.CHUNK
         self.extra: tuple[Any, ...] = ()
         self._xp = kernels.arrays()
+        self._memory = threading.local()
 
     def count_upper(self, rows: np.ndarray, count: int, totals: np.ndarray) -> int:
         return sum(self.kernels.count_upper(self._keys(x), totals) for _, _, x in self._chunks(rows, count))
@@ -114,10 +116,11 @@ class _ChunkPasses:
 
     def _chunks(self, rows: np.ndarray, count: int) -> Iterator[tuple[int, Any, tuple[Any, ...]]]:
         """The chunks of a block: start in the block, the base (None if it is not to be added), the arrays."""
-        scratch = np.empty((len(self.codes), self.kernels.CHUNK), np.float32)
+        if not hasattr(self._memory, "scratch"):
+            self._memory.scratch = np.empty((len(self.codes), self.kernels.CHUNK), np.float32)
         for start in range(0, count, self.kernels.CHUNK):
             length = min(self.kernels.CHUNK, count - start)
-            x = self.kernels.load_chunk(rows, self.codes, self.base, start, length, scratch)
+            x = self.kernels.load_chunk(rows, self.codes, self.base, start, length, self._memory.scratch)
             yield (start, None, x) if self.base < 0 else (start, x[0], x[1:])
 
     def _keys(self, x: tuple[Any, ...]) -> Any:

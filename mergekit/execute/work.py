@@ -113,7 +113,7 @@ class Work:
                 self.observe(phase, index, state, rows, at, length)
                 continue
             out = buffers.out(length * size, target)
-            self.compute(index, state, rows, at, length, out)
+            self.compute(index, state, rows, at, length, out, buffers)
             self.sink.write(self.output, at * size, out)
             self._sums[index] += self.kernels.checksum(out, at * size)
         self.end(phase, index, state)
@@ -129,7 +129,9 @@ class Work:
     def observe(self, phase: int, index: int, state: Any, rows: np.ndarray, at: int, count: int) -> None:
         """Gather what a block tells, in a phase before the last."""
 
-    def compute(self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray) -> None:
+    def compute(
+        self, index: int, state: Any, rows: np.ndarray, at: int, count: int, out: np.ndarray, buffers: Buffers
+    ) -> None:
         """Compute a block of the result, of range ``index``, into ``out`` (uint8)."""
         raise AssertionError("each kind of work computes something")
 
