@@ -64,7 +64,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str
     ),
-    _flag("write_model_card", True, "Write README.md and a copy of the recipe.", "Output"),
+    _flag("write_model_card", True, "Write README.md, a copy of the recipe, and merge_manifest.json.", "Output"),
     _flag("stats", True, "Write merge_stats.json: figures about each merged tensor.", "Output"),
     _flag(
         "safe_serialization",
@@ -77,6 +77,14 @@ OPTIONS: tuple[Option, ...] = (
     _flag("restart", False, "Throw away unfinished work in the output folder.", "Output"),
     Option(
         "num_threads", ("-j", "--num-threads"), None, "Threads (default: one for each processor).", "Performance", int
+    ),
+    Option(
+        "max_memory",
+        ("--max-memory",),
+        None,
+        "Most memory to take: 300MB, 2GB (default: the machine's). Threads are left out as need be.",
+        "Performance",
+        str,
     ),
     Option(
         "device", ("--device",), None, "Device for the arithmetic: cpu, cuda, cuda:1, mps, auto.", "Performance", str
@@ -191,6 +199,7 @@ class _MergeOptionsBase:
         return RunOptions(
             shard_size=parse_kmb(get("out_shard_size")),
             threads=threads,
+            max_memory=None if get("max_memory") is None else parse_kmb(get("max_memory")),
             device=resolve_device(get("device"), cuda=get("cuda") or get("gpu_rich")),
             seed=seed,
             copy_tokenizer=get("copy_tokenizer"),

@@ -33,6 +33,7 @@ from mergekit.execute import run_threads, work
 from mergekit.output import STAGING
 from test_cli import FLAGS, flags, same_as_snapshot
 from test_same_bytes import Collect, interrupt_after
+from tiny import unaccounted
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -413,7 +414,7 @@ def test_no_copy_on_disk_and_the_adapter_is_an_input(tmp_path):
     assert [f.name for f in plan.sources[1].files] == ["adapter_model.safetensors"]
     bake()
     left = sorted(str(p) for p in tmp_path.rglob("*") if p.is_file() and p not in before)
-    assert [Path(p).parent.name for p in left] == ["out"] * 4
+    assert [Path(p).parent.name for p in left] == ["out"] * 5
     digest = plan.digest()
     write_adapter(Path("adapter"), low_rank(2), lora_alpha=7)
     again = mergekit.plan({"merge_method": "passthrough", "models": [{"model": "base+adapter"}]})
@@ -710,3 +711,14 @@ def test_names_of_bases_that_say_they_are_quantised():
     assert is_four_bit_name("org/model-4Bit")
     assert not is_four_bit_name("org/model-8b")
     assert not is_four_bit_name("org/model-GPTQ-4bit")
+
+
+def test_parts_of_an_adapter_outside_the_slices_are_listed(tmp_path):
+    write_model(tmp_path / "base", 1)
+    write_adapter(tmp_path / "lora", low_rank(1))
+    sources = [{"model": f"{tmp_path}/base+{tmp_path}/lora", "layer_range": [0, 1]}]
+    plan = mergekit.plan({"merge_method": "passthrough", "slices": [{"sources": sources}]})
+    assert not unaccounted(plan)
+    lost = [name for source, name, reason in plan.left_out if source == 1 and reason == "outside the slices"]
+    assert len(lost) == 16
+    assert not plan.warnings

@@ -223,7 +223,8 @@ FLAGS = """
 --allow-crimes --no-allow-crimes --allow-nonfinite --no-allow-nonfinite --async-write --no-async-write --clone-tensors
 --no-clone-tensors --copy-tokenizer --no-copy-tokenizer --cuda --no-cuda --device --gpu-rich --no-gpu-rich
 --lazy-unpickle --no-lazy-unpickle --lora-merge-cache --lora-merge-dtype --low-cpu-memory --no-low-cpu-memory
---method-file --multi-gpu --no-multi-gpu --num-threads -j --out-shard-size --overwrite --no-overwrite --quiet --no-quiet
+--max-memory --method-file --multi-gpu --no-multi-gpu --num-threads -j --out-shard-size --overwrite --no-overwrite
+--quiet --no-quiet
 --random-seed --read-to-gpu --no-read-to-gpu --restart --no-restart --safe-serialization --no-safe-serialization
 --stats --no-stats --transformers-cache --trust-remote-code --no-trust-remote-code --unsafe-truncate-embeddings
 --no-unsafe-truncate-embeddings --verbose -v --write-model-card --no-write-model-card --write-threads
@@ -245,7 +246,7 @@ def test_the_flags_are_frozen():
     assert flags(merge_command) == {*FLAGS, "--dry-run", "--version"}
     assert flags(plan_command) == {*FLAGS, "--json"}
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--version"}
-    assert list(_COMMANDS) == ["merge", "moe", "lora", "plan", "tokenizer", "methods", "warmup"]
+    assert list(_COMMANDS) == ["merge", "moe", "lora", "plan", "tokenizer", "methods", "verify", "reproduce", "warmup"]
 
 
 COMMON = {
@@ -268,7 +269,7 @@ def test_old_commands_are_accepted_in_full():
     assert mergekit_yaml("r.yml", "out", *args).code == 0
     assert {flag for flag in FLAGS if not flag.startswith("--no-")} <= {
         *COMMON, "--cuda", "--gpu-rich", "--verbose", "--overwrite", "--restart", "--allow-nonfinite", "--stats",
-        "--method-file",
+        "--method-file", "--max-memory",
     }  # fmt: skip
 
 
@@ -306,7 +307,8 @@ def test_cards_and_tokenizers_can_be_left_out():
     assert sorted(p.name for p in Path("out").iterdir()) == ["config.json", "model.safetensors"]
     assert mergekit_yaml("r.yml", "out2").code == 0
     assert sorted(p.name for p in Path("out2").iterdir()) == [
-        "README.md", "config.json", "merge_stats.json", "mergekit_config.yml", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "merge_manifest.json", "merge_stats.json", "mergekit_config.yml",
+        "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
 
 

@@ -144,13 +144,13 @@ def test_an_input_that_changes_during_the_merge(tmp_path, recipe):
 def test_a_failed_commit_is_never_published(tmp_path, monkeypatch, recipe):
     from mergekit.output.staging import Staging
 
-    publish = Staging.publish
+    settle = Staging.settle
 
-    def faulty(self, documents):
+    def faulty(self):
         self._fault = RunError("the disk said no")
-        publish(self, documents)
+        settle(self)
 
-    monkeypatch.setattr(Staging, "publish", faulty)
+    monkeypatch.setattr(Staging, "settle", faulty)
     with pytest.raises(RunError, match="the disk said no"):
         mergekit.run_merge(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()

@@ -20,7 +20,8 @@ def test_a_merge_from_the_shell(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "README.md", "config.json", "merge_stats.json", "mergekit_config.yml", "model.safetensors",
+        "README.md", "config.json", "merge_manifest.json", "merge_stats.json", "mergekit_config.yml",
+        "model.safetensors",
     ]  # fmt: skip
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
     a, b, c = map(read_model, [*folders, tmp_path / "out"])

@@ -4,10 +4,11 @@ Here: the order of steps between recipe and published folder. Not here: decision
 files (output), or anything printed (cli).
 """
 
+from mergekit.api.limits import memory
 from mergekit.api.merge import plan, run_merge
 from mergekit.api.moe import MoeOptions, plan_moe, run_moe, run_moe_plan
 from mergekit.api.options import RunOptions
-from mergekit.api.run import Hooks, check_writable, memory, run_plan, slow_part
+from mergekit.api.run import Hooks, check_writable, run_plan, slow_part
 
 __all__ = [
     "Hooks",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mergekit.moe.report import RoutingReport
     from mergekit.moe.schema import MoeConfiguration
 
-__all__ = ["MoeOptions", "Outcome", "plan_moe", "run_moe", "run_moe_plan"]
+__all__ = ["MoeOptions", "Outcome", "plan_moe", "prepare_moe", "run_moe", "run_moe_plan"]
 
 _LOG = logging.getLogger("mergekit")
 _VERIFY_BELOW = 2_000_000_000
@@ -140,8 +140,7 @@ def run_moe_plan(
     uses_prompts = made.recipe.uses_prompts
 
     def prepare(staging: Path) -> None:
-        write_merged(made, staging, options)
-        write_routers(made, staging, lambda: _calibrate(made, options, choices, stage, remarks))
+        remarks.extend(prepare_moe(made, staging, options, choices, stage))
 
     def measure(staging: Path) -> list[Document]:
         if uses_prompts:
@@ -152,7 +151,7 @@ def run_moe_plan(
         if verify and shutil.disk_usage(staging).free < 3 * made.plan.bytes_written:
             remarks.append("the identity law was not checked: that needs three times the output's size of free space")
         elif verify:
-            from mergekit.api.verify import check_identity
+            from mergekit.api.self_test import check_identity
 
             stage("checking the identity law")
             lines.append(f"verified: {check_identity(made, staging, options)}")
@@ -164,7 +163,7 @@ def run_moe_plan(
     hooks = Hooks(prepare, measure, card, log_compile, advance or (lambda nbytes: None))
     remarks += run_plan(made.plan, folder, options, hooks)
     if verify:
-        from mergekit.api.verify import check_reload
+        from mergekit.api.self_test import check_reload
 
         stage("loading the result")
         try:
@@ -173,6 +172,16 @@ def run_moe_plan(
             tokenizer = None
         lines += [f"verified: {line}" for line in check_reload(made, folder, tokenizer)]
     return Outcome(remarks, lines)
+
+
+def prepare_moe(
+    made: MoePlan, staging: Path, options: RunOptions, choices: MoeOptions, stage: Callable[[str], None]
+) -> list[str]:
+    """Make what the plan of a mixture reads besides its models, in ``staging``; returns remarks."""
+    remarks: list[str] = []
+    write_merged(made, staging, options)
+    write_routers(made, staging, lambda: _calibrate(made, options, choices, stage, remarks))
+    return remarks
 
 
 def _layers_told(stage: Callable[[str], None], what: str) -> Callable[[int, int], None]:

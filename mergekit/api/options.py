@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit.errors import UsageError
 
@@ -14,13 +15,14 @@ __all__ = ["RunOptions"]
 class RunOptions:
     """What changes a run, and never the meaning of a recipe.
 
-    ``shard_size`` in bytes (0: one file); ``threads`` None means one for each processor; ``device`` is ``cpu`` or a
-    torch device; ``seed`` overrides the recipe's. ``statistics``: write merge_stats.json. ``method_files`` are Python
-    files that define merge methods; they are run.
+    ``shard_size`` in bytes (0: one file); ``threads`` None means one for each processor, ``max_memory`` (in bytes) None
+    as much as the machine has; ``device`` is ``cpu`` or a torch device; ``seed`` overrides the recipe's.
+    ``statistics``: write merge_stats.json. ``method_files`` are Python files that define merge methods; they are run.
     """
 
     shard_size: int = 5_000_000_000
     threads: int | None = None
+    max_memory: int | None = None
     device: str = "cpu"
     seed: int | None = None
     copy_tokenizer: bool = True
@@ -35,9 +37,14 @@ class RunOptions:
     cache_dir: Path | None = None
     quiet: bool = True
 
+    def lasting(self) -> dict[str, Any]:
+        """The options that change what a recipe gives, and that the plan does not hold: to be kept beside the model."""
+        names = ("shard_size", "copy_tokenizer", "allow_crimes", "allow_nonfinite", "unsafe_truncate_embeddings")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self) -> None:
         """Refuse numbers that can't be meant."""
-        for name, least in (("shard_size", 0), ("threads", 1), ("seed", 0)):
+        for name, least in (("shard_size", 0), ("threads", 1), ("max_memory", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not least <= value < 1 << 63):
                 raise UsageError(f"{name}={value!r}: expected a whole number of at least {least}")

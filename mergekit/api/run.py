@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit.api.limits import admit
 from mergekit.api.options import RunOptions
 from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
 
 if TYPE_CHECKING:
     from mergekit.planning import Plan
 
-__all__ = ["Document", "Hooks", "check_writable", "memory", "run_plan", "slow_part"]
+__all__ = ["Document", "Hooks", "check_writable", "kernels_for", "run_plan", "slow_part", "weighted"]
 
 
 Document = tuple[str, str | Path]
@@ -41,19 +42,27 @@ class Hooks:
 def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks: Hooks | None = None) -> list[str]:
     """Execute ``plan`` into ``folder``; returns remarks made on the way."""
     from mergekit.execute import run_threads
-    from mergekit.output import STATS, Staging, lost_to_rounding, stats_text, vocabulary_faults
+    from mergekit.output import (
+        MANIFEST,
+        STATS,
+        Staging,
+        lost_to_rounding,
+        manifest_text,
+        stats_text,
+        vocabulary_faults,
+    )
 
-    options, hooks = options or RunOptions(), hooks or Hooks()
+    options, hooks = admit(plan, options or RunOptions()), hooks or Hooks()
     _check_places(plan, folder)
     _check_space(plan, folder)
-    _check_targets(folder, [*(shard.name for shard in plan.shards), *_document_names(plan, options)])
-    kernels = _kernels(plan, hooks.on_compile)
+    _check_targets(folder, [*(shard.name for shard in plan.shards), *_document_names(plan, options), MANIFEST])
+    kernels = kernels_for(plan, hooks.on_compile)
     with Staging(folder, plan, overwrite=options.overwrite, restart=options.restart) as staging:
         remaining = staging.remaining()
         if hooks.prepare:
             hooks.prepare(staging.folder)
         hooks.advance(sum(output.nbytes for output in plan.outputs) - sum(output.nbytes for output in remaining))
-        ready = _weighted(plan.with_prepared(staging.folder), staging.folder, kernels, options)
+        ready = weighted(plan.with_prepared(staging.folder), staging.folder, kernels, options)
         left = {output.name for output in remaining}
         run_threads(
             ready,
@@ -63,17 +72,23 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
             threads=options.threads if plan.device == "cpu" else 1,
             advance=hooks.advance,
         )
+        staging.settle()
         _check_inputs(plan)
         more = hooks.measure(staging.folder) if hooks.measure else []
         if plan.statistics and staging.figures:
             more = [(STATS, stats_text(plan, staging.figures)), *more]
-        staging.publish([*more, *_documents(plan, folder, options, hooks)])
-        faults = [f"check: {fault}" for fault in vocabulary_faults(folder, plan)]
+        documents = [*more, *_documents(plan, folder, options, hooks)]
+        if options.write_model_card and plan.config:
+            manifest = manifest_text(plan, staging.checksums, options.lasting(), documents)
+            documents.insert(-1, (MANIFEST, manifest))  # config.json stays last
+        staging.publish(documents)
+        shapes = {output.name: output.shape for output in plan.outputs}
+        faults = [f"check: {fault}" for fault in vocabulary_faults(folder, shapes)]
         return [*faults, *lost_to_rounding(plan, staging.figures), *staging.notes]
 
 
-def _weighted(plan: Plan, staging: Path, kernels: Any, options: RunOptions) -> Plan:
-    """The plan with its automatic weights; they are computed once and kept in the staging folder."""
+def weighted(plan: Plan, staging: Path, kernels: Any, options: RunOptions) -> Plan:
+    """The plan with its automatic weights; they are computed once and kept in the folder ``staging``."""
     from mergekit.execute import default_threads, is_weighted, model_factors, with_weights
 
     if not is_weighted(plan):
@@ -87,14 +102,6 @@ def _weighted(plan: Plan, staging: Path, kernels: Any, options: RunOptions) -> P
     return with_weights(plan, {kind: {int(m): f for m, f in by_model.items()} for kind, by_model in found.items()})
 
 
-def memory(plan: Plan, options: RunOptions | None = None) -> int:
-    """About how many bytes of memory a run needs at its peak: the interpreter and libraries, and the buffers."""
-    from mergekit.execute import buffer_bytes, default_threads
-
-    libraries = 150_000_000 if plan.device == "cpu" and not any(s.pickled for s in plan.sources) else 450_000_000
-    return libraries + buffer_bytes(plan, (options or RunOptions()).threads or default_threads())
-
-
 def slow_part(plan: Plan) -> str | None:
     """A sentence about the time that functions of whole tensors take, if it is more than a minute."""
     from mergekit.execute import estimated_seconds
@@ -106,7 +113,7 @@ def slow_part(plan: Plan) -> str | None:
     return f"'{plan.method}' decomposes whole matrices: about {time} on two processors"
 
 
-def _kernels(plan: Plan, on_compile: Callable[[list[str]], None] | None) -> Any:
+def kernels_for(plan: Plan, on_compile: Callable[[list[str]], None] | None) -> Any:
     """The back end for the plan's device, compiled."""
     if plan.device != "cpu":
         from mergekit.kernels.accelerator import TorchKernels
@@ -126,13 +133,13 @@ def _kernels(plan: Plan, on_compile: Callable[[list[str]], None] | None) -> Any:
 
 def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> list[Document]:
     """The small files in the order of publishing: the index first, config.json last."""
-    from mergekit.output import model_card
+    from mergekit.output import model_card, recipe_text
 
     title = folder.resolve().name
     contents: dict[str, str | Path] = {
         "model.safetensors.index.json": plan.index or "",
         "README.md": "",
-        plan.recipe_name: plan.recipe.rstrip() + "\n",
+        plan.recipe_name: recipe_text(plan),
         "config.json": plan.config,
         **{name: Path(plan.sources[source].folder) / name for source, name in plan.files},
         **dict(plan.texts),

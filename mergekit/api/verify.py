@@ -1,197 +1,213 @@
-"""Self-test of a mixture: the identity law, reloading, a short text. For models that fit in memory."""
+"""Check a model folder: its files against each other, its tensors against the manifest of the merge that wrote them."""
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit.api.options import RunOptions
-from mergekit.dtypes import BF16, F16, DType
+from mergekit.api.loading import first_line, load_model, silent_transformers
 from mergekit.errors import RunError
 
 if TYPE_CHECKING:
-    from mergekit.moe.build import MoePlan
+    from mergekit.checkpoint import Checkpoint
+    from mergekit.output import Manifest
+    from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["check_identity", "check_reload"]
-
-_TOKENS = 64
-_EXACT = 1e-5
-"""Largest difference of logits, relative to the largest logit, where the bytes of all weights are the same."""
-_ROUNDED = {F16: 1e-3, BF16: 8e-3}
-"""The same where weights had to be scaled before they were rounded: a few units in the last place."""
+__all__ = ["Checksums", "Verification", "verify_model"]
 
 
-def check_identity(made: MoePlan, folder: Path, options: RunOptions) -> str:
-    """Hold the identity law: with every expert replaced by the base's MLP, the mixture computes what the base does.
+@dataclass(slots=True)
+class Verification:
+    """What was found. ``faults`` is empty for a sound model; ``lines`` say what was looked at."""
 
-    Writes both models below ``folder`` and removes them. Returns a line with the figure; RunError if the law fails.
+    lines: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+class Checksums:
+    """A sink that keeps nothing but the checksums of tensors, and what was noted about them."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+        self.notes: list[str] = []
+        self._lock = threading.Lock()
+
+    def write(self, output: OutputTensor, start: int, data: np.ndarray) -> None:
+        """Nothing is written."""
+
+    def finish(self, output: OutputTensor, checksum: int, figures: Mapping[str, Any] | None) -> None:
+        """Keep a checksum."""
+        with self._lock:
+            self.found[output.name] = checksum
+
+    def note(self, text: str) -> None:
+        """Keep a remark."""
+        with self._lock:
+            self.notes.append(text)
+
+
+def verify_model(
+    folder: Path,
+    *,
+    load: bool = False,
+    sha256: bool = False,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> Verification:
+    """Check the model in ``folder``; every byte of its weights is read once.
+
+    Headers, sizes and index agree, all values are finite, config.json and the tokenizer fit the embeddings, and what
+    merge_manifest.json says is so. ``load``: transformers loads it and it continues a text (``trust_remote_code``: also
+    by the code that lies in the folder). ``sha256``: a line with the SHA-256 of each file. ModelNotFoundError if there
+    is no model, CheckpointError if one can't be read at all.
     """
-    import torch
+    from mergekit.checkpoint import open_checkpoint
+    from mergekit.output import STAGING, read_manifest
 
-    from mergekit.api.merge import plan
-    from mergekit.api.run import run_plan
+    result = Verification()
+    checkpoint = open_checkpoint(folder)
+    manifest = read_manifest(folder)
+    if (folder / STAGING).exists():
+        result.faults.append(f"{STAGING} holds the work of a merge that did not end; run its command again")
+    _check_tensors(checkpoint, manifest, result, threads, advance)
+    _check_config(checkpoint, result)
+    if manifest is not None:
+        _check_files(folder, manifest, result)
+    if sha256:
+        result.lines += _digests(folder)
+    if load:
+        _check_loading(folder, checkpoint, result, trust_remote_code)
+    return result
 
-    quiet = dataclasses.replace(
-        options, overwrite=False, restart=False, write_model_card=False, copy_tokenizer=False, shard_size=0
+
+def _check_tensors(
+    checkpoint: Checkpoint,
+    manifest: Manifest | None,
+    result: Verification,
+    threads: int | None,
+    advance: Callable[[int], None],
+) -> None:
+    from mergekit.execute import run_threads
+    from mergekit.output import MANIFEST
+    from mergekit.output.manifest import TensorRecord
+
+    sink, plan = Checksums(), _reading(checkpoint)
+    run_threads(plan, sink, threads=threads, advance=advance)
+    result.lines.append(
+        f"{len(plan.outputs):,} tensors, {checkpoint.nbytes():,} bytes in {len(checkpoint.files)} files: headers, "
+        f"sizes and index agree"
     )
-    dtype = made.dtype
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".mergekit-verify-") as temporary:
-        mixed, dense = Path(temporary) / "mixture", Path(temporary) / "dense"
-        _run_mixture(made, mixed, quiet)
-        base = made.recipe.config.base_model.dump()
-        recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": base}], "dtype": dtype.name}
-        if made.recipe.config.base_quantization != "none":
-            recipe["base_quantization"] = made.recipe.config.base_quantization
-        run_plan(plan(recipe, quiet, fetch=True), dense, quiet)
-        tokens = _some_tokens(made)
-        with _silent_transformers(), torch.no_grad():
-            theirs = _logits(dense, tokens)
-            mine = _logits(mixed, tokens, ours=bool(made.target.code))
-    largest = float(theirs.abs().max())
-    difference = float((mine - theirs).abs().max())
-    limit = _limit(made, dtype) * max(largest, 1.0)
-    figure = f"largest difference of logits {difference:.1e} where the largest is {largest:.3g}"
-    if not difference <= limit:
-        raise RunError(
-            f"the self-test failed: with every expert replaced by the base's MLP the mixture differs from the base "
-            f"({figure}, at most {limit:.1e} is right); please report this, or pass --no-verify to write it anyway"
-        )
-    return f"identity law (every expert replaced by the base's MLP): {figure}, {tokens.shape[1]} tokens"
-
-
-def _logits(folder: Path, tokens: Any, *, ours: bool = False) -> Any:
-    import torch
-
-    model, _ = _load(folder, torch.float32, ours=ours)
-    logits = model(tokens).logits
-    del model
-    gc.collect()  # transformers' models hold themselves in cycles, and two at once are too many
-    return logits
-
-
-def _limit(made: MoePlan, dtype: DType) -> float:
-    is_scaled = made.target.splits and made.dense.rope.partial < 1
-    return _ROUNDED.get(dtype, _EXACT) if is_scaled else _EXACT
-
-
-def _run_mixture(made: MoePlan, folder: Path, options: RunOptions) -> None:
-    """The mixture of the same config whose experts are all the base."""
-    from mergekit.api.merge import plan_options
-    from mergekit.api.prepare import write_routers
-    from mergekit.api.run import Hooks, run_plan
-    from mergekit.moe.build import build_moe_plan
-    from mergekit.moe.recipe import load_moe_recipe
-    from mergekit.moe.routers import random_rows
-
-    config = made.recipe.config
-    experts = [{"source_model": config.base_model.dump()}] * len(config.experts)
-    recipe = {
-        "base_model": config.base_model.dump(),
-        "experts": experts,
-        "experts_per_token": config.experts_per_token,
-        "gate_mode": "random",
-        "dtype": made.dtype.name,
-        "base_quantization": config.base_quantization,
+    bad = sorted(note.partition(" is a copy of ")[0] for note in sink.notes)
+    if bad:
+        result.faults.append(f"{len(bad)} tensors hold NaN or infinity: {_some(bad)}")
+    else:
+        result.lines.append("all values are finite")
+    if manifest is None:
+        result.lines.append(f"no {MANIFEST}: not written by this program, so there are no checksums to compare")
+        return
+    found = {output.name: TensorRecord.of(output, sink.found[output.name]) for output in plan.outputs}
+    wanted = manifest.tensors
+    faults = {
+        "are missing": [name for name in wanted if name not in found],
+        "were not written by the merge": [name for name in found if name not in wanted],
+        "are in another file, type or shape than was written": [
+            name for name in wanted if name in found and _place(found[name]) != _place(wanted[name])
+        ],
+        "changed since they were written": [
+            name for name in wanted if name in found and found[name].checksum != wanted[name].checksum
+        ],
     }
-
-    def rows() -> np.ndarray:
-        return random_rows(*made.router_shape, seed=0)
-
-    twin = build_moe_plan(load_moe_recipe(recipe, allow_all_same=True), made.target, plan_options(options, fetch=True))
-    run_plan(twin.plan, folder, options, Hooks(prepare=lambda staging: write_routers(twin, staging, rows)))
+    result.faults += [f"{len(names):,} tensors {what}: {_some(names)}" for what, names in faults.items() if names]
+    if not any(faults.values()):
+        result.lines.append(f"every tensor has the checksum of {MANIFEST}, taken when it was written")
 
 
-def check_reload(made: MoePlan, folder: Path, tokenizer: Any | None) -> list[str]:
-    """Load the written model as a user would and let it continue a text. Lines to show; RunError if it fails."""
+def _place(record: Any) -> tuple[Any, ...]:
+    return record.file, record.dtype, record.shape
+
+
+def _reading(checkpoint: Checkpoint) -> Plan:
+    """A plan that copies every tensor of a checkpoint to where it is."""
+    from mergekit.planning.plan import OutputTensor, Plan, Read, Source
+
+    name = str(checkpoint.folder)
+    source = Source(name, checkpoint.folder.name, name, checkpoint.files, checkpoint.pickled)
+    outputs = tuple(
+        OutputTensor(i.name, i.shape, i.dtype, i.file, max(i.offset, 0), i.nbytes, Read(0, i))
+        for i in checkpoint.tensors.values()
+    )
+    return Plan(
+        version="", method="passthrough", seed=0, sources=(source,), base=None, donor=0, outputs=outputs, shards=(),
+        config="", index=None, files=(), left_out=(), warnings=(), notes=(), recipe="",
+    )  # fmt: skip
+
+
+def _check_config(checkpoint: Checkpoint, result: Verification) -> None:
+    """config.json and the tokenizer against the tensors."""
+    from mergekit.families.config import layer_count
+    from mergekit.families.layout import infer_layout
+    from mergekit.output import vocabulary_faults
+
+    if not checkpoint.config:
+        result.faults.append("config.json is missing or empty, so no program can load this model")
+        return
+    faults = vocabulary_faults(checkpoint.folder, {name: i.shape for name, i in checkpoint.tensors.items()})
+    said = layer_count(checkpoint.config)
+    if said is not None and infer_layout(checkpoint.tensors, checkpoint.config).main is None:
+        faults.append(f"config.json says {said} layers, but no stack of layers in the weights has as many")
+    result.faults += faults
+    if not faults:
+        result.lines.append("config.json and the tokenizer fit the weights")
+
+
+def _check_files(folder: Path, manifest: Manifest, result: Verification) -> None:
+    """The small files against the manifest."""
+    from mergekit.output.manifest import sha256
+
+    missing = [name for name in manifest.files if not (folder / name).is_file()]
+    changed = [n for n, digest in manifest.files.items() if n not in missing and sha256(folder / n) != digest]
+    for names, what in ((missing, "are missing"), (changed, "changed since the merge")):
+        if names:
+            result.faults.append(f"{len(names)} files {what}: {_some(names)}")
+    if not missing and not changed:
+        result.lines.append(f"{len(manifest.files)} small files are as they were written")
+
+
+def _digests(folder: Path) -> list[str]:
+    from mergekit.output.manifest import sha256
+
+    return [f"{sha256(path)}  {path.name}" for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def _check_loading(folder: Path, checkpoint: Checkpoint, result: Verification, trusted: bool) -> None:
     import torch
     import transformers
 
-    with _silent_transformers(), torch.no_grad():
-        model, info = _load(folder, getattr(torch, made.dtype.name), ours=bool(made.target.code))
-        faults = {key: sorted(map(str, value))[:3] for key, value in info.items() if value}
-        if faults:
-            raise RunError(
-                f"the self-test failed: the model is written, but {folder} does not load cleanly: {faults}; please "
-                f"report this"
-            )
-        lines = [f"loads with transformers {transformers.__version__} as {type(model).__name__}, every tensor in place"]
-        line = _continuation(model.float(), made, tokenizer)
-    del model
-    gc.collect()  # transformers' models hold themselves in cycles
-    return [*lines, line]
+    with silent_transformers(), torch.no_grad():
+        try:
+            model, amiss = load_model(folder, torch.float32, trusted=trusted)
+            if amiss:
+                result.faults.append(f"transformers {transformers.__version__} finds fault with it: {amiss}")
+            prompt = torch.arange(8).reshape(1, 8) % model.config.get_text_config().vocab_size
+            more = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        except RunError as error:
+            result.faults.append(str(error))
+            return
+        except Exception as error:  # transformers raises whatever its parts do
+            result.faults.append(f"it loads, but can't generate ({first_line(error)})")
+            return
+    result.lines.append(
+        f"transformers {transformers.__version__} loads it as {type(model).__name__}, and it generates: token ids "
+        f"{more[0, 8:].tolist()}"
+    )
 
 
-def _continuation(model: Any, made: MoePlan, tokenizer: Any | None) -> str:
-    """What the model writes, as a line."""
-    prompt = _some_tokens(made)[:, :8]
-    if tokenizer is not None:
-        text = next((p.text for prompts in made.prompts for p in prompts.positive if p.text), "The")
-        prompt = tokenizer(text, return_tensors="pt").input_ids[:, :16]
-        if int(prompt.max()) >= int(made.dense.config["vocab_size"]):
-            prompt, tokenizer = _some_tokens(made)[:, :8], None  # not this model's tokenizer
-    try:
-        out = model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape), max_new_tokens=12, do_sample=False)
-    except Exception as error:  # transformers raises whatever its parts do
-        raise RunError(
-            f"the self-test failed: the model is written, but it can't generate ({_first_line(error)}); look at its "
-            f"generation_config.json"
-        ) from None
-    more = out[0, prompt.shape[1] :]
-    if tokenizer is None:
-        return f"generates: token ids {more.tolist()}"
-    return f"generates: {tokenizer.decode(prompt[0], skip_special_tokens=True)!r} -> {tokenizer.decode(more)!r}"
-
-
-def _some_tokens(made: MoePlan) -> Any:
-    """Token ids spread over the vocabulary, [1, at most 64]."""
-    import torch
-
-    size = int(made.dense.config["vocab_size"])
-    count = min(_TOKENS, made.dense.positions)
-    return (torch.arange(count) * 7919 % size).reshape(1, count)
-
-
-def _load(folder: Path, dtype: Any, *, ours: bool = False) -> Any:
-    """The model in ``folder`` and what loading it said. ``ours``: its code is what we put there, and may run."""
-    from transformers import AutoModelForCausalLM
-
-    read: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model, info = read(
-            folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=ours
-        )
-    except Exception as error:  # transformers raises whatever its parts do
-        raise RunError(f"the self-test failed: {folder} does not load ({_first_line(error)})") from None
-    return model.eval(), info
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]:.200}"
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """No progress bars and no remarks of transformers on the screen."""
-    import warnings
-
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -49,7 +49,7 @@ def run(command: Callable[..., Any], name: str, **context: Any) -> None:
     ``context``: settings of click's context, such as ``obj``.
     """
     try:
-        command.main(prog_name=name, standalone_mode=False, **context)  # type: ignore[attr-defined]
+        code = command.main(prog_name=name, standalone_mode=False, **context)  # type: ignore[attr-defined]
     except MergekitError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
@@ -67,6 +67,8 @@ def run(command: Callable[..., Any], name: str, **context: Any) -> None:
         sys.exit(1)
     except Exception as error:
         sys.exit(_other(error))
+    if code:  # of a command that ended itself by ``ctx.exit``
+        sys.exit(code)
 
 
 class _TerminatedError(BaseException):

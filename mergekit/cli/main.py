@@ -16,8 +16,13 @@ _COMMANDS = {
     "plan": "Print what merging a recipe would do.",
     "tokenizer": "Compare the tokenizers of models.",
     "methods": "List or explain the merge methods.",
+    "verify": "Check a model: files, values, and the checksums of the merge that wrote it.",
+    "reproduce": "Merge again what a model was made from, and compare.",
     "warmup": "Compile the CPU kernels ahead of the first merge.",
 }
+
+_HOMES = {"reproduce": "verify"}
+"""Files of commands that are not called like them."""
 
 
 class _Verbs(click.Group):
@@ -31,7 +36,7 @@ class _Verbs(click.Group):
         """The click command of a verb."""
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"mergekit.cli.{cmd_name}"), cmd_name)
+        command: click.Command = getattr(import_module(f"mergekit.cli.{_HOMES.get(cmd_name, cmd_name)}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -15,6 +15,7 @@ from mergekit.execute.selection import locate
 from mergekit.execute.work import Job, split
 from mergekit.kernels.elementwise import ALL, CHUNK, TABLES
 from mergekit.methods import Elementwise, get_method
+from mergekit.methods.guard import is_built_in
 from mergekit.planning.plan import Apply
 
 __all__ = ["ElementwiseWork"]
@@ -40,9 +41,11 @@ class ElementwiseWork(MergeWork):
     @classmethod
     def held(cls, apply: Apply, shape: tuple[int, ...], threads: int) -> int:
         """The chunks of each thread, and the histograms of exact selection."""
-        form = get_method(apply.method).form
+        method = get_method(apply.method)
+        form = method.form
         assert isinstance(form, Elementwise)
-        chunks = threads * (len(apply.inputs) + _TEMPORARIES) * CHUNK * 4
+        # Functions of ours are compiled, and need no arrays.
+        chunks = 0 if is_built_in(method) else threads * (len(apply.inputs) + _TEMPORARIES) * CHUNK * 4
         if form.key is None:
             return chunks
         return chunks + (threads * TABLES + 1) * _COARSE_BINS * 8 + len(split(math.prod(shape), CHUNK)) * _FINE_BINS * 4

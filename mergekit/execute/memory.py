@@ -16,7 +16,7 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     most = max((_held(output, threads) for output in plan.outputs), default=0)
     # One tensor is computed while the next one is opened. Lengths of models are taken tensor by tensor, before.
     blocks = 2 + 2 * is_weighted(plan)
-    return threads * blocks * BLOCK_BYTES + 2 * most
+    return threads * blocks * BLOCK_BYTES + min(threads, 2) * most
 
 
 def _held(output: OutputTensor, threads: int) -> int:

@@ -25,7 +25,7 @@ from mergekit.moe.prompts import PromptSet, hold_out, prompt_set
 from mergekit.moe.recipe import MoeRecipe
 from mergekit.moe.targets import Counts, Target
 from mergekit.planning.agree import disagreements
-from mergekit.planning.build import PlanOptions, sources_of
+from mergekit.planning.build import PlanOptions, sources_of, unused_parts
 from mergekit.planning.document import TOKENIZER_FILES, donor_files
 from mergekit.planning.express import Expresser, Made
 from mergekit.planning.leaf import cast, leaf_of
@@ -334,11 +334,8 @@ def _left_out(models: Models, made: Iterable[Made]) -> Iterator[tuple[int, str, 
                 yield position, name, "the layer's MLP is replaced by experts"
             else:
                 yield position, name, _MLP_ONLY
-    for number, (_, adapter) in enumerate(models.adapters, start=len(models.models)):
-        for patch in adapter.patches.values():
-            for part in patch.tensors():
-                if (number, part.name) not in used:
-                    yield number, part.name, "experts can't hold this part of the adapter"
+    for number, name in unused_parts(models, used):
+        yield number, name, "experts can't hold this part of the adapter"
 
 
 def _tokenizer_digest(models: Models) -> list[str]:

@@ -7,16 +7,32 @@ Here: writing. Not here: computing, or deciding what to write (``planning`` does
 from mergekit.output.card import model_card
 from mergekit.output.check import vocabulary_faults
 from mergekit.output.journal import was_publishing
+from mergekit.output.manifest import (
+    MANIFEST,
+    Manifest,
+    inputs_of_plan,
+    manifest_text,
+    read_manifest,
+    recipe_text,
+    sha256,
+)
 from mergekit.output.staging import STAGING, Staging, holds_weights
 from mergekit.output.stats import STATS, lost_to_rounding, stats_text
 
 __all__ = [
+    "MANIFEST",
     "STAGING",
     "STATS",
+    "Manifest",
     "Staging",
     "holds_weights",
+    "inputs_of_plan",
     "lost_to_rounding",
+    "manifest_text",
     "model_card",
+    "read_manifest",
+    "recipe_text",
+    "sha256",
     "stats_text",
     "vocabulary_faults",
     "was_publishing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,20 @@ from mergekit.checkpoint import read_json
 from mergekit.errors import CheckpointError
 from mergekit.families.config import ids_beyond, vocab_size
 from mergekit.families.layout import is_embedding
-from mergekit.planning.plan import Plan
 from mergekit.vocab import vocabulary_of
 from mergekit.vocab.templates import chat_template, special_strings, syntax_fault
 
 __all__ = ["vocabulary_faults"]
 
 
-def vocabulary_faults(folder: Path, plan: Plan) -> list[str]:
+def vocabulary_faults(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What would go wrong with the vocabulary of the model in ``folder``, each in a line; nothing if it is sound.
 
-    Every token has an embedding row, config.json counts the rows, special tokens are among them, and the chat
-    template can be read. A tokenizer with code or a format of its own is left to its own program.
+    ``shapes`` are those of its tensors. Every token has an embedding row, config.json counts the rows, special tokens
+    are among them, and the chat template can be read. A tokenizer with code or a format of its own is left to its own
+    program.
     """
-    rows = next((output.shape[0] for output in plan.outputs if is_embedding(output.name)), None)
+    rows = next((shape[0] for name, shape in shapes.items() if is_embedding(name) and shape), None)
     config = _json(folder / "config.json")
     faults = []
     if rows is not None and vocab_size(config) not in (None, rows):

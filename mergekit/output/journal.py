@@ -33,7 +33,7 @@ class Journal:
     def __init__(self, path: Path, plan: Plan) -> None:
         self._path, self._identity = path, plan.identity()
         self._descriptor: int | None = None
-        self._entries: dict[str, int] = {}
+        self.checksums: dict[str, int] = {}
         self.figures: dict[str, dict[str, Any]] = {}
 
     def open(self) -> bool:
@@ -48,7 +48,7 @@ class Journal:
                     f"{self._path.parent} holds unfinished work of another merge: {' and '.join(changed)} changed; "
                     f"run the old command again to finish it, or pass --restart to throw it away"
                 )
-            self._entries = {r["tensor"]: r["checksum"] for r in records[1:] if "tensor" in r}
+            self.checksums = {r["tensor"]: r["checksum"] for r in records[1:] if "tensor" in r}
             self.figures = {r["tensor"]: r["figures"] for r in records[1:] if r.get("figures")}
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o644)
         if fresh:
@@ -61,13 +61,14 @@ class Journal:
 
     def verify(self, plan: Plan, files: Mapping[str, int]) -> frozenset[str]:
         """The names of the recorded tensors whose bytes are still what was written."""
-        found = (output for output in plan.outputs if output.name in self._entries)
-        return frozenset(o.name for o in found if _checksum(files[o.file], o) == self._entries[o.name])
+        found = (output for output in plan.outputs if output.name in self.checksums)
+        return frozenset(o.name for o in found if _checksum(files[o.file], o) == self.checksums[o.name])
 
     def append(self, batch: Sequence[Entry]) -> None:
         """Record tensors whose bytes have been brought to the disk."""
         if batch:
             self._write([{"tensor": o.name, "checksum": c, "figures": figures} for o, c, figures in batch])
+            self.checksums.update((o.name, c) for o, c, _ in batch)
             self.figures.update((o.name, dict(figures)) for o, _, figures in batch if figures)
 
     def begin_publishing(self) -> None:

@@ -27,6 +27,7 @@ from mergekit.errors import (
     UsageError,
 )
 from mergekit.output.journal import Entry, Journal
+from mergekit.output.manifest import MANIFEST
 from mergekit.output.stats import STATS
 from mergekit.planning.plan import OutputTensor, Plan
 
@@ -34,7 +35,7 @@ __all__ = ["STAGING", "Staging", "holds_weights"]
 
 STAGING = ".mergekit-staging"
 _MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
-_OURS = (STATS, "routing.json", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
+_OURS = (STATS, MANIFEST, "routing.json", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
 """Files that would say something false beside another model."""
 _COMMIT_BYTES = 1 << 30
 _COMMIT_SECONDS = 5.0
@@ -106,10 +107,13 @@ class Staging:
 
     @property
     def figures(self) -> Mapping[str, Mapping[str, Any]]:
-        """The statistics of every finished tensor, by name."""
-        with self._lock:
-            waiting = {output.name: figures for output, _, figures in self._finished if figures}
-            return {**self.journal.figures, **waiting}
+        """The statistics of the tensors by name, after ``settle``."""
+        return self.journal.figures
+
+    @property
+    def checksums(self) -> Mapping[str, int]:
+        """The checksums of the tensors by name, after ``settle``."""
+        return self.journal.checksums
 
     def remaining(self) -> list[OutputTensor]:
         """The tensors that no earlier run has finished."""
@@ -170,6 +174,18 @@ class Staging:
         self.journal.append(batch)
         self._last_commit = time.monotonic()
 
+    def settle(self) -> None:
+        """Bring every tensor to the disk and into the journal: nothing more will be written."""
+        self._stop_committer()
+        if self._fault is not None:
+            raise self._fault
+        try:
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+            self._commit()
+        except OSError as error:
+            raise _write_fault(error, self.out) from None
+
     def _stop_committer(self) -> None:
         with self._wake:
             self._closing = True
@@ -182,16 +198,11 @@ class Staging:
     def publish(self, documents: Sequence[tuple[str, str | Path]]) -> None:
         """Make the result visible: shards, then the small ``documents`` in the given order; then remove the staging.
 
-        Each document is (name, text) or (name, path of a file to copy). Whatever is last (config.json) makes the
-        folder a model. Files of a model that stood here before are removed first, its config.json before all others.
+        Comes after ``settle``. Each document is (name, text) or (name, path of a file to copy). Whatever is last
+        (config.json) makes the folder a model. Files of a model that stood here before are removed first, its
+        config.json before all others.
         """
-        self._stop_committer()
-        if self._fault is not None:
-            raise self._fault
         try:
-            for descriptor in self._files.values():
-                os.fsync(descriptor)
-            self._commit()
             self._close_files()
             for name, content in documents:
                 _write_document(self.folder / name, content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,10 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     else:
         warnings += alignment.warnings
     warnings += files.warnings
-    warnings += expresser.all_warnings() + more + words + _left_out_warning(models, slots)
+    used = {(read.source, read.info.name) for tensor in made for read in leaves(tensor.expression)}
+    reason = "outside the slices" if recipe.config.slices else "the result has no tensor for it"
+    left_out = (*slots.left_out, *((number, name, reason) for number, name in unused_parts(models, used)))
+    warnings += expresser.all_warnings() + more + words + _left_out_warning(models, left_out)
     outputs, shards, index = pack(made, options.shard_size)
     notes = [*recipe.notes, *models.notes]
     for model in models.models:
@@ -87,7 +91,7 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         index=index,
         files=tuple(files.copied),
         texts=tuple(files.texts.items()),
-        left_out=slots.left_out,
+        left_out=left_out,
         warnings=tuple(dict.fromkeys(warnings)),
         notes=tuple(dict.fromkeys(notes)),
         recipe=recipe.text.text,
@@ -111,6 +115,15 @@ def sources_of(models: Models) -> tuple[Source, ...]:
     )
 
 
+def unused_parts(models: Models, used: Collection[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The tensors of adapters, as (source, name), that are not among those ``used``."""
+    for number, (_, adapter) in enumerate(models.adapters, start=len(models.models)):
+        for patch in adapter.patches.values():
+            for part in patch.tensors():
+                if (number, part.name) not in used:
+                    yield number, part.name
+
+
 def _check_relatives(models: Models, slots: Slots) -> None:
     """Refuse a model that shares no tensor with the donor, though it takes part in the merge."""
     asked = {c.model for slot in slots.slots for c in slot.contributions}
@@ -122,14 +135,15 @@ def _check_relatives(models: Models, slots: Slots) -> None:
         )
 
 
-def _left_out_warning(models: Models, slots: Slots) -> list[str]:
+def _left_out_warning(models: Models, left_out: Sequence[tuple[int, str, str]]) -> list[str]:
     """One warning for each model with tensors that go nowhere for a reason the recipe does not give."""
     found: dict[tuple[int, str], list[str]] = {}
-    for source, name, reason in slots.left_out:
+    for source, name, reason in left_out:
         if "slice" not in reason and not reason.startswith("a buffer"):
             found.setdefault((source, reason), []).append(name)
+    shorts = [source.short for source in sources_of(models)]
     return [
-        f"left out of {models[source].reference.short} ({reason}): {', '.join(names[:3])}"
+        f"left out of {shorts[source]} ({reason}): {', '.join(names[:3])}"
         + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         for (source, reason), names in found.items()
     ]

@@ -38,9 +38,9 @@ TOKENIZER_FILES = frozenset(
 )  # fmt: skip
 _SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 _NOT_COPIED = re.compile(
-    r"^(config\.json|mergekit_config\.ya?ml|merge_stats\.json|trainer_state\.json|training_args.*|all_results\.json|"
-    r"(train|eval)_results\.json|adapter_.*|quantize_config\.json|.*requirements.*\.txt|optimizer.*|scheduler.*|"
-    r"model_index\.json|MANIFEST.*|README.*)$"
+    r"^(config\.json|mergekit_(moe_)?config\.ya?ml|merge_(stats|manifest)\.json|routing\.json|trainer_state\.json|"
+    r"training_args.*|(all|train|eval)_results\.json|adapter_.*|quantize_config\.json|.*requirements.*\.txt|"
+    r"optimizer.*|scheduler.*|model_index\.json|MANIFEST.*|README.*)$"
 )
 _MOST_BYTES = 200 * 1024 * 1024
 
