@@ -10,6 +10,7 @@ whose words may hold signed addresses. huggingface_hub 0.26 rests on requests, 1
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -40,7 +41,8 @@ __all__ = [
 ]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_PAUSE = 0.5  # seconds before a request is tried for the second and last time
+_PAUSE = 0.5  # seconds before a request is tried again; each further pause is three times as long
+_LONGEST_PAUSE = 60.0
 _SMALL_LIMIT = 256 << 20  # bytes; a larger *.json or *.txt is data, not settings (tokenizers stay below 64 MiB)
 _SKIP_LIMIT = 16 << 20  # bytes we let pass to reach a range, when a server ignores ranges
 _SMALL = (
@@ -105,7 +107,7 @@ def open_repository(path: ModelPath, *, cache_dir: Path | None = None) -> Reposi
         if constants.HF_HUB_OFFLINE:
             raise HubError(f"'{path}' is on the hub, and HF_HUB_OFFLINE forbids asking: set HF_HUB_OFFLINE=0")
         wait = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        info = _twice(lambda: HfApi().model_info(path.path, revision=revision, timeout=wait, files_metadata=True))
+        info = _patiently(lambda: HfApi().model_info(path.path, revision=revision, timeout=wait, files_metadata=True))
     commit = info.sha if isinstance(info.sha, str) else ""
     if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(revision or "") and commit != revision):
         raise _nonsense(f"names no commit, or another commit, for '{path}'")
@@ -141,7 +143,7 @@ def read_range(repository: Repository, name: str, start: int, stop: int) -> byte
     if not 0 <= start < stop <= sizes[name]:
         raise HubError(f"'{name}' of '{repository}' has {sizes[name]} bytes: no bytes {start} to {stop} in it")
     with _faults(repository, repository.cache_dir):
-        return bytes(_twice(partial(_stream, repository, name, start, stop)))
+        return bytes(_patiently(partial(_stream, repository, name, start, stop)))
 
 
 def download(path: ModelPath, *, cache_dir: Path | None = None, quiet: bool = False) -> Path:
@@ -202,7 +204,8 @@ def _fetch(repository: Repository, names: Sequence[str], quiet: bool) -> Path:
             stack.callback(utils.enable_progress_bars)
         place: dict[str, Any] = {"revision": repository.commit, "cache_dir": repository.cache_dir}
         with ThreadPoolExecutor(4) as pool:
-            paths = [Path(path) for path in pool.map(partial(hf_hub_download, repository.repo_id, **place), names)]
+            one = partial(hf_hub_download, repository.repo_id, **place)
+            paths = [Path(path) for path in pool.map(lambda name: _patiently(partial(one, name)), names)]
         sizes = {file.name: file.size for file in repository.files}
         for name, path in zip(names, paths, strict=True):
             if path.stat().st_size != sizes[name]:  # of the file we name, not of the link to it, which would come back
@@ -254,20 +257,39 @@ def _find_cached(path: ModelPath, cache_dir: Path | None) -> Path:
     return folder
 
 
-def _twice(call: Callable[[], Any]) -> Any:
-    """Call, and once more after a pause if the network or the hub stumbled."""
-    try:
-        return call()
-    except Exception as error:
-        is_final = isinstance(error, MergekitError | ValueError | LookupError | TypeError | AttributeError)
-        if is_final or _status(error) in {*range(400, 500)} - {429}:
-            raise
-    time.sleep(_PAUSE)
-    return call()
+def _patiently(call: Callable[[], Any]) -> Any:
+    """Call, and again after growing pauses if the hub stumbled: thrice more; once more if it was not reached at all."""
+    pause = _PAUSE
+    for tried in itertools.count(1):
+        try:
+            return call()
+        except Exception as error:
+            cause = _cause(error)
+            status = _status(cause)
+            is_final = isinstance(cause, MergekitError | ValueError | LookupError | TypeError | AttributeError)
+            if is_final or status in {*range(400, 500)} - {429} or tried == (4 if status else 2):
+                raise
+            wait = max(pause, _asked_pause(cause))
+        time.sleep(min(wait, _LONGEST_PAUSE))
+        pause *= 3
+
+
+def _cause(error: Exception) -> Exception:
+    """What the hub did, where huggingface_hub only says that a file is not in the cache either."""
+    from huggingface_hub import errors
+
+    is_second_hand = isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception)
+    return error.__cause__ if is_second_hand else error  # type: ignore[return-value]
 
 
 def _status(error: Exception) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0))  # 0: not an answer of a server
+
+
+def _asked_pause(error: Exception) -> float:
+    """The seconds that a server asks us to wait, 0 if it does not."""
+    text = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return float(text) if re.fullmatch(r"[0-9]{1,4}", text) else 0.0
 
 
 def _host() -> str:
@@ -293,8 +315,7 @@ def _faults(asked: ModelPath | Repository, cache_dir: Path | None) -> Iterator[N
 def _translate(error: Exception, asked: str, cache_dir: Path | None) -> MergekitError:
     from huggingface_hub import constants, errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # "nor in the cache"; the cause says what the hub did
+    error = _cause(error)
     status, host = _status(error), _host()
     if isinstance(error, errors.HFValidationError):
         return ModelNotFoundError(f"'{asked}' is no folder here, and no hub can hold such a name")

@@ -65,6 +65,7 @@ class HubServer:
         self.bad_tokens: set[str] = set()  # tokens that every request is refused with
         self.fail_status = 0  # answer with this status ...
         self.fail_times = -1  # ... so many times; -1 for ever
+        self.retry_after: str | None = None  # sent with it
         self.delay = 0.0  # seconds before each answer
         self.ignores_ranges = False
         self.range_shift = 0  # bytes by which a range answer starts too late
@@ -218,6 +219,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def refuse(self, status: int, code: str, message: str) -> None:
             headers = {"Content-Type": "application/json", "X-Error-Message": message}
+            if hub.retry_after is not None:
+                headers["Retry-After"] = hub.retry_after
             self.send(status, {**headers, "X-Error-Code": code} if code else headers, b'{"error":"refused"}')
 
         def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:

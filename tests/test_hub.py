@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -479,12 +480,62 @@ def test_statuses(server: HubServer, client: Client, status: int) -> None:
     server.fail_status = status
     with pytest.raises(ClientError, match=rf"HubError: .*'org/model'.*\(HTTP {status}\)"):
         client.ask("open")
-    assert len(server.requests()) == (2 if status in (429, 500) else 1)
+    assert len(server.requests()) == (4 if status in (429, 500) else 1)
 
 
-def test_stumbles_are_forgiven(server: HubServer, client: Client) -> None:
-    server.fail_status, server.fail_times = 502, 1
+@pytest.mark.parametrize("times", [1, 3])
+def test_stumbles_are_forgiven(server: HubServer, client: Client, times: int) -> None:
+    server.fail_status, server.fail_times = 502, times
     assert client.ask("open")["commit"] == server.commit(REPO)
+
+
+@pytest.mark.parametrize(("asked", "least"), [("1", 1.0), ("soon", 0.0), ("-5", 0.0)])
+def test_a_hub_that_asks_for_patience_gets_it(server: HubServer, client: Client, asked: str, least: float) -> None:
+    server.fail_status, server.fail_times, server.retry_after = 429, 1, asked
+    started = time.monotonic()
+    assert client.ask("open")["commit"] == server.commit(REPO)
+    assert least <= time.monotonic() - started < least + 5
+
+
+@pytest.mark.parametrize("lost", [100])
+def test_a_short_download_that_is_cut_is_made_again(server: HubServer, client: Client, cache: Path, lost: int) -> None:
+    server.cuts_at = len(WEIGHTS) - lost
+    with pytest.raises(ClientError):
+        client.ask("download", cache=cache)
+    server.cuts_at = -1
+    assert contents(client.ask("download", cache=cache)) == SMALL | SAFE
+
+
+def test_a_long_download_that_is_cut_goes_on_where_it_stopped(
+    server: HubServer, client: Client, cache: Path, tmp_path: Path
+) -> None:
+    """huggingface_hub keeps what arrived, by pieces of ten megabytes; only the rest is asked for again."""
+    header = b'{"w":{"dtype":"F32","shape":[6500000],"data_offsets":[0,26000000]}}'
+    weights = len(header).to_bytes(8, "little") + header + os.urandom(26_000_000)
+    server.repositories["org/large"] = write_model(tmp_path / "large", SMALL, {"model.safetensors": weights})
+    server.cuts_at = 22_000_000
+    with contextlib.suppress(ClientError):  # the library may give up or go on by itself
+        client.ask("download", "org/large", cache=cache)
+    server.cuts_at = -1
+    assert contents(client.ask("download", "org/large", cache=cache))["model.safetensors"] == weights
+    asked = [request.range for request in server.requests("model.safetensors") if request.range]
+    assert any(int(text.removeprefix("bytes=").partition("-")[0]) >= 10_000_000 for text in asked)
+
+
+@pytest.mark.parametrize("do", ["open", "download", "range"])
+@pytest.mark.parametrize("status", [401, 404, 429, 500])
+def test_a_token_is_never_told(server: HubServer, client: Client, cache: Path, do: str, status: int) -> None:
+    before = client.errors.stat().st_size
+    client.ask("download", cache=cache)
+    server.fail_status = status
+    with pytest.raises(ClientError) as caught:
+        client.ask(
+            do,
+            cache=cache / "other",
+            **({"name": "model-1.safetensors", "start": 0, "stop": 8} if do == "range" else {}),
+        )
+    assert TOKEN not in caught.value.text
+    assert TOKEN.encode() not in client.errors.read_bytes()[before:]
 
 
 def test_no_hub(clients: dict[str, Client]) -> None:

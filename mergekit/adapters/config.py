@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ _KNOWN = frozenset(
      "lora_ga_config", "use_dora", "velora_config", "qalora_group_size", "ensure_weight_tying", "runtime_config",
      "enable_lora", "merge_weights", "encoder_hidden_size", "unsloth_fixed", *_NOT_BAKED]
 )  # fmt: skip
-_GROUP_REPEATED = re.compile(r"\)[*+{]")
+_GROUP_REPEATED = re.compile(r"\)[*+{?]")
+_MOST_PATTERNS = 4096
+_LARGEST = 3e38
 _FOUR_BIT = re.compile(r"4-?bit", re.IGNORECASE)
 _OTHER_BITS = re.compile(r"gptq|awq|hqq|aqlm|exl2|mlx|gguf|auto-?round", re.IGNORECASE)
 
@@ -87,9 +90,14 @@ def is_four_bit_name(name: str) -> bool:
 def _first(pattern: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
     """The value of the first key that is the end of the module's name, or matches it as a regular expression does."""
     for key, value in pattern:
-        if re.fullmatch(rf"(.*\.)?({key})", module):
+        if _compiled(key).fullmatch(module):
             return value
     return default
+
+
+@lru_cache(2 * _MOST_PATTERNS)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})")
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -159,8 +167,8 @@ def _alpha(path: Path, key: str, value: object) -> float:
         number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
         number = math.inf
-    if not math.isfinite(number):
-        raise _fault(path, key, value, "a finite number")
+    if not abs(number) <= _LARGEST:
+        raise _fault(path, key, value, "a number that float32 holds")
     return number
 
 
@@ -183,10 +191,13 @@ def _pattern(path: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = record.get(key) or {}
     if not isinstance(value, dict):
         raise _fault(path, key, value, "a mapping from names of modules")
+    if len(value) > _MOST_PATTERNS:
+        raise CheckpointError(f"{path}: '{key}' has {len(value):,} entries, more than a model has modules")
     for name in value:
         try:
-            re.compile(name)
-            is_sound = len(name) <= 500 and not _GROUP_REPEATED.search(name) and sum(map(name.count, "*+{")) <= 3
+            is_sound = len(name) <= 500 and not _GROUP_REPEATED.search(name) and sum(map(name.count, "*+{?")) <= 3
+            if is_sound:
+                _compiled(name)
         except (re.error, RecursionError, OverflowError):
             is_sound = False
         if not is_sound:

@@ -20,8 +20,8 @@ _LIBRARIES = 175_000_000
 _TORCH = 300_000_000
 _TENSOR = 20_000
 """What the plan holds for a tensor of the output."""
-_KERNELS = 60_000_000
-"""Of the libraries, what is loaded after planning."""
+_PLANNED = 135_000_000
+"""What a process has had at most when a plan is ready, if it did nothing else before."""
 
 
 def memory(plan: Plan, options: RunOptions | None = None) -> int:
@@ -41,16 +41,16 @@ def admit(plan: Plan, options: RunOptions) -> RunOptions:
 
     The limit is ``max_memory``; without it, what the machine has.
     """
-    from mergekit.execute import buffer_bytes, default_threads
+    from mergekit.execute import default_threads
 
     limit = options.max_memory if options.max_memory is not None else machine_memory()
     if limit is None:
         return options
     wanted = options.threads or default_threads()
+    # Of a limit that the user set, what the process has taken for other things is used up.
+    other = max(0, _peak() - _PLANNED) if options.max_memory is not None else 0
     for threads in range(wanted, 0, -1):
-        # What planning has taken already counts, be it more than is usual.
-        used = _peak() + _KERNELS + buffer_bytes(plan, threads) if options.max_memory is not None else 0
-        needed = max(used, memory(plan, replace(options, threads=threads)))
+        needed = other + memory(plan, replace(options, threads=threads))
         if needed <= limit:
             return options if threads == wanted else replace(options, threads=threads)
     if options.max_memory is not None:

@@ -43,7 +43,10 @@ def reproduce_model(
         raise ModelNotFoundError(f"no folder '{folder}'; give the folder of a merged model")
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UsageError(f"{folder} has no merge_manifest.json (--no-write-model-card leaves it out), so there is nothing to compare with")
+        raise UsageError(
+            f"{folder} has no merge_manifest.json (--no-write-model-card leaves it out), so there is nothing to "
+            f"compare with"
+        )
     recipe = _recipe(folder, manifest)
     options = _options(manifest, options or RunOptions())
     result = Verification()

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit.checkpoint.json_text import parse_json
 from mergekit.dtypes import BY_CODE, DType
 from mergekit.errors import CheckpointError
 
@@ -104,10 +105,9 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def parse_header(raw: bytes, size: int, path: Path | str) -> dict[str, TensorInfo]:
     """Check the header JSON ``raw`` of a file of ``size`` bytes in full; names in the order of their offsets."""
     try:
-        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        fault = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.120}"
-        raise CheckpointError(f"{path}: the header is not valid ({fault}); download the file again") from None
+        record = parse_json(raw, _no_duplicates)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is not valid ({error!s:.120}); download the file again") from None
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object; download the file again")
     record.pop("__metadata__", None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from mergekit.checkpoint.json_text import parse_json
 from mergekit.errors import CheckpointError, ModelNotFoundError
 
 __all__ = ["WEIGHT_SUFFIXES", "find_weights", "is_weight_file", "read_config", "read_json", "read_weight_map"]
@@ -27,12 +27,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path}: too large for a JSON file of a model")
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        fault = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.120}"
-        raise CheckpointError(f"{path}: not valid JSON ({fault}); download it again, or mend it") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error!s:.120}); download it again, or mend it") from None
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: expected a JSON object; download it again")
     return record

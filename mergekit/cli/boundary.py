@@ -62,6 +62,9 @@ def run(command: Callable[..., Any], name: str, **context: Any) -> None:
     except OSError as error:
         say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         sys.exit(1)
+    except RecursionError:
+        say("error: something in the recipe or in a file of a model is nested too deeply")
+        sys.exit(1)
     except MemoryError:
         say("error: out of memory; close other programs, or use fewer threads (-j 1)")
         sys.exit(1)

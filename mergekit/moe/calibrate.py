@@ -101,7 +101,10 @@ def calibrate(
     groups = [(e, False, s.positive) for e, s in enumerate(sets)] + [(e, True, s.negative) for e, s in enumerate(sets)]
     sample, notes = _read(groups, tokenizer, mode, None if gate_mode == "cheap_embed" else _MAX_TOKENS)
     if gate_mode == "cheap_embed":
-        rows = np.repeat(_embedding_rows(weights, sample, experts)[None], layers, axis=0)
+        found = _embedding_rows(weights, sample, experts)
+        if not np.isfinite(found).all():
+            raise NonFiniteError("the embeddings of the base model hold NaN or infinity for tokens of the prompts")
+        rows = np.repeat(found[None], layers, axis=0)
     else:
         rows = np.empty(shape, np.float32)
         made = _discriminants if gate_mode == "router_input" else _prompt_directions

@@ -108,11 +108,15 @@ def _beside(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = folder / "tokenizer_config.json"
     decoder = read_json(path).get("added_tokens_decoder") if path.is_file() else None
     for number, entry in decoder.items() if isinstance(decoder, dict) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(number).isdecimal():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and _is_number(str(number)):
             yield entry["content"], {**entry, "id": int(number)}
     path = folder / "added_tokens.json"
     for content, number in (read_json(path) if path.is_file() else {}).items():
         yield content, {"content": content, "id": number, "special": True}
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= 18 and text.isdecimal()
 
 
 def vocabulary_of(record: Mapping[str, Any], name: str, place: str) -> Vocabulary:
