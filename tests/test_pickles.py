@@ -9,7 +9,7 @@ import pickle
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from command import Result, assert_refused, mergekit_yaml
 from files import llama, write_model, write_recipe, write_safetensors
 from mergekit.checkpoint import open_checkpoint
+from mergekit.checkpoint.pickle_bombs import is_bomb
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 PICKLE = "x/pytorch_model.bin"
@@ -320,3 +321,42 @@ def test_a_few_bytes_that_claim_to_be_terabytes():
 def test_a_missing_shard_of_pickles():
     Path("x/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
     assert_refused(mergekit_yaml("r.yml", "out"), 2, "r.yml:3:3: x: 1 of 1 shards are missing", "download the model")
+
+
+def nested(kind: Callable[[Any], Any]) -> Any:
+    value: Any = []
+    for _ in range(60):
+        value = kind(value)
+    return value
+
+
+def a_list_in_itself() -> list[Any]:
+    value: list[Any] = []
+    value.append({"x": value})
+    return value
+
+
+BOMBS = {
+    "lists": lambda: nested(lambda value: [value] * 8),
+    "tuples": lambda: nested(lambda value: (value, value)),
+    "values": lambda: nested(lambda value: {"a": value, "b": value}),
+    "itself": a_list_in_itself,
+}
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("name", BOMBS)
+def test_pickles_without_end_are_refused(name, protocol):
+    """Small files, and no code in them: but walking through what they describe would take for ever."""
+    raw = pickle.dumps(BOMBS[name](), protocol)
+    assert is_bomb(io.BytesIO(raw))
+    assert is_bomb(io.BytesIO(raw[:-1] + b"R"))  # what comes before a damage counts
+    Path(PICKLE).write_bytes(raw)
+    refused("its objects contain each other")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_shared_objects_are_no_bombs(protocol):
+    shared = ["float32", (1, 2)]
+    value = {f"layer {i}": [shared, {"a": shared}, ("x", {1, 2})] for i in range(2000)}
+    assert not is_bomb(io.BytesIO(pickle.dumps(value, protocol)))

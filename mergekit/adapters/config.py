@@ -168,7 +168,7 @@ def _alpha(path: Path, key: str, value: object) -> float:
     except OverflowError:  # a whole number of hundreds of digits
         number = math.inf
     if not abs(number) <= _LARGEST:
-        raise _fault(path, key, value, "a number that float32 holds")
+        raise _fault(path, key, value, "a finite number")
     return number
 
 

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from mergekit.checkpoint.header import CONTROL, TensorInfo
+from mergekit.checkpoint.pickle_bombs import is_bomb
 from mergekit.dtypes import BY_CODE, DType
 from mergekit.errors import CheckpointError
 
 __all__ = ["PickledTensor", "pickle_header"]
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
+_OLD_PICKLES = 5
+"""An old file has a magic number, a version, the machine, the tensors and the names of their storages, each pickled."""
 
 
 def _load(path: Path) -> tuple[dict[str, Any], bool]:
@@ -38,6 +41,10 @@ def _load_state(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Any], boo
     import torch
 
     mapped = _is_archive(path)
+    if _has_bomb(path, mapped):
+        raise CheckpointError(
+            f"{path}: its objects contain each other so often that no memory holds them; the file is damaged or hostile"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about pickles of other versions: a fault is raised anyway
@@ -60,6 +67,20 @@ def _load_state(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Any], boo
             raise CheckpointError(f"{path}: tensor '{name}' is {kind}, not a plain array; save the plain weights")
     _check_storages(path, tensors.values())
     return tensors, mapped
+
+
+def _has_bomb(path: Path, is_archive: bool) -> bool:
+    """Whether one of the pickles in a file is a bomb: that of an archive, or the first few of an old file."""
+    if not is_archive:
+        with path.open("rb") as stream:
+            return any(is_bomb(stream) for _ in range(_OLD_PICKLES))
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                with archive.open(name) as record:
+                    if is_bomb(record):
+                        return True
+    return False
 
 
 def _is_archive(path: Path) -> bool:
