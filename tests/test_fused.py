@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,8 +125,69 @@ UNTRACEABLE: dict[str, Callable[..., Any]] = {
     "in place": lambda xp, x: x[0].__imul__(2),
     "no array": lambda xp, x: 1.0,
     "several arrays": lambda xp, x: (x[0], x[1]),
-    "truth values as the result of a sum": lambda xp, x: xp.sum(x[0]),
+    "a sum": lambda xp, x: xp.sum(x[0]),
+    "truth values": lambda xp, x: x[0] > x[1],
+    "a look at the type": lambda xp, x: x[0] * 2 if isinstance(x[0], np.ndarray) else x[0] * 3,
+    "a look at an attribute": lambda xp, x: x[0] * 2 if hasattr(x[0], "dtype") else x[0] * 3,
+    "a look with a default": lambda xp, x: x[0] * getattr(x[0], "size", 3),
+    "a product with an array": lambda xp, x: np.dot(np.array([0.25, 0.75]), x),
+    "an average of arrays": lambda xp, x: np.average(x, axis=0, weights=[0.25, 0.75]),
+    "an array of arrays": lambda xp, x: np.array(x).sum(),
+    "an array of an array": lambda xp, x: np.array(x[0]) * np.float64(0.1),
+    "a limited number": lambda xp, x: xp.clip(0.1, x[0], x[1]) * 0.1,
+    "too many steps": lambda xp, x: sum((abs(x[0] - i / 7) for i in range(99)), x[1]),
+    "an end": lambda xp, x: sys.exit(0),
 }
+
+
+def caught(xp: Any, x: tuple[Any, ...]) -> Any:
+    try:
+        return xp.tanh(x[0])
+    except Exception:
+        return x[0]
+
+
+UNTRACEABLE["a fault that is caught"] = caught
+
+
+@pytest.mark.parametrize("name", ["a tuple", "a list", "an array", "a number"])
+def test_sums_come_in_one_array(name):
+    made = {
+        "a tuple": lambda xp, x: (xp.sum(x[0]), xp.sum(x[1])),
+        "a list": lambda xp, x: [xp.sum(x[0])],
+        "an array": lambda xp, x: x[0],
+        "a number": lambda xp, x: xp.sum(x[0]),
+    }
+    with pytest.raises(UntraceableError):
+        record(made[name], 2, sums=True)
+
+
+def test_a_function_that_is_another_for_each_tensor_is_not_compiled_for_ever():
+    def function(xp: Any, x: tuple[Any, ...], sums: np.ndarray) -> Any:
+        total = x[0]
+        for _ in range(int(sums[0])):
+            total = total + x[1]
+        return total
+
+    with pytest.raises(UntraceableError, match="for each tensor"):
+        for number in range(20):
+            fused.fuse(function, 2, np.array([float(number)]))
+
+
+@pytest.mark.parametrize("name", ["sce", "ramplus_tl"])
+def test_sums_do_not_depend_on_blocks(name):
+    """To the last digit: they are added up in the same order."""
+    seen = []
+    for block in (4096, 8192, 65536):
+        found: list[np.ndarray] = []
+        with pytest.MonkeyPatch.context() as patch:
+            fuse = fused.fuse
+            patch.setattr(
+                cpu, "fuse", lambda f, n, *extra, **more: (found.extend(extra), fuse(f, n, *extra, **more))[1]
+            )
+            merge(name, list(np.random.default_rng(5).standard_normal((4, 300, 501))), block=block)
+        seen.append(found[-1].tolist())
+    assert seen[0] == seen[1] == seen[2]
 
 
 @pytest.mark.parametrize("name", UNTRACEABLE)
@@ -229,12 +291,34 @@ print(*(made.cache_hits for made in fused._compiled.values()))
 """
 
 
+def run_script(cache: Path) -> int:
+    env = {**os.environ, "MERGEKIT_KERNEL_CACHE": str(cache)}
+    env.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a folder in its place", "other code"])
+def test_a_damaged_cache_is_done_without(tmp_path, damage):
+    run_script(tmp_path)
+    (source,) = tmp_path.rglob("block_*.py")
+    assert source.stat().st_mode & 0o444 == 0o444
+    if damage == "truncated":
+        for path in source.parent.rglob("*.nb*"):
+            path.write_bytes(path.read_bytes()[:20])
+        for path in tmp_path.rglob("block_*.nb*"):
+            path.write_bytes(path.read_bytes()[:20])
+    elif damage == "other code":
+        source.write_text("raise SystemExit(3)")
+    else:
+        source.unlink()
+        source.mkdir()
+    run_script(tmp_path)
+
+
 def test_a_program_is_compiled_once_on_a_machine(tmp_path):
     hits = []
     for folder in ("cache", "cache", "file/below"):
         (tmp_path / "file").touch()
-        env = {**os.environ, "MERGEKIT_KERNEL_CACHE": str(tmp_path / folder)}
-        env.pop("NUMBA_CACHE_DIR", None)
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
-        hits.append(int(done.stdout))
+        hits.append(run_script(tmp_path / folder))
     assert hits == [0, 1, 0]

@@ -197,3 +197,45 @@ def test_terminated_like_interrupted(tmp_path):
     assert process.returncode == 143
     assert "the same command continues" in text
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_a_power_cut_can_not_reorder(tmp_path, monkeypatch, recipe):
+    """Data is on the disk before the journal says so; everything is before the name that makes a model of it."""
+    names: dict[int, str] = {}
+    events: list[tuple[str, str]] = []
+    real = {name: getattr(os, name) for name in ("open", "fsync", "replace", "write", "unlink")}
+
+    def opened(path, *args, **kwargs):
+        descriptor = real["open"](path, *args, **kwargs)
+        names[descriptor] = Path(path).name
+        return descriptor
+
+    def synced(descriptor):
+        events.append(("sync", names.get(descriptor, "a document")))
+        real["fsync"](descriptor)
+
+    def written(descriptor, data):
+        events.append(("write", names.get(descriptor, "?")))
+        return real["write"](descriptor, data)
+
+    def renamed(source, target):
+        events.append(("rename", Path(target).name))
+        real["replace"](source, target)
+
+    for name, spy in {"open": opened, "fsync": synced, "write": written, "replace": renamed}.items():
+        monkeypatch.setattr(os, name, spy)
+    mergekit.run_merge(recipe, tmp_path / "out", shard_size=2000)
+    monkeypatch.undo()
+
+    shards = [name for kind, name in events if kind == "rename" and name.endswith(".safetensors")]
+    assert len(shards) > 1
+    first_rename = events.index(("rename", shards[0]))
+    commits = [at for at, event in enumerate(events[:first_rename]) if event == ("write", "journal")]
+    for shard in shards:  # the journal's last words of tensors come after the last sync of what they are about
+        assert ("sync", shard) in events[: commits[-2]]
+    # ... and are on the disk, like the word that publishing begins, before a name changes.
+    assert ("sync", "journal") in events[commits[-1] : first_rename]
+    config = events.index(("rename", "config.json"))
+    assert config == max(at for at, (kind, _) in enumerate(events) if kind == "rename")
+    assert ("sync", "out") in events[first_rename:config], "the names of the shards are there before config.json is"
+    assert ("sync", "out") in events[config:]

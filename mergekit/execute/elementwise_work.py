@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergekit.errors import UsageError
 from mergekit.execute.float_work import MergeWork, guard
 from mergekit.execute.passes import passes
 from mergekit.execute.selection import locate
@@ -58,7 +57,7 @@ class ElementwiseWork(MergeWork):
     def __init__(self, apply: Apply, job: Job) -> None:
         # Where blocks may start is for the passes to say, and is needed first.
         codes = np.array([job.kernels.CODES[reader.dtype] for reader in job.readers], np.int64)
-        self._passes = passes(apply, guard(apply, job), job.kernels, codes)
+        self._passes = passes(apply, guard(apply, job), job.output.name, job.kernels, codes)
         super().__init__(apply, job, self._passes.align)
         form = self.method.form
         assert isinstance(form, Elementwise)
@@ -75,7 +74,6 @@ class ElementwiseWork(MergeWork):
         self._threshold = ALL
         self._quota = [0] * ranges
         self._parts: list[np.ndarray | None] = [None] * ranges
-        self._count: int | None = None
 
     def _keep(self, nonzero: int) -> int | None:
         """How many elements are selected if ``nonzero`` of the keys are not zero; None if all are."""
@@ -101,23 +99,11 @@ class ElementwiseWork(MergeWork):
             if self._fine:
                 self._passes.count_lower(rows, count, self._bin, self._fine[index])
         else:
-            state.ties, parts = self._passes.measure(rows, count, self._threshold, state.ties)
-            for sums in parts:
-                self._add(state, sums)
+            state.ties, state.sums = self._passes.measure(rows, count, self._threshold, state.ties, state.sums)
 
     def merge(self, state: _Range, rows: np.ndarray, at: int, count: int, out: np.ndarray, code: int) -> bool:
         state.ties, finite = self._passes.merge(rows, count, self._threshold, state.ties, out, code)
         return finite
-
-    def _add(self, state: _Range, sums: np.ndarray) -> None:
-        with self._lock:
-            self._count = len(sums) if self._count is None else self._count
-        if len(sums) != self._count:
-            raise UsageError(
-                f"method '{self.method.name}' on tensor {self.output.name}: its 'measure' returns {self._count} sums "
-                f"for one chunk and {len(sums)} for another; their number must not depend on the data"
-            )
-        state.sums = sums if state.sums is None else state.sums + sums
 
     def end(self, phase: int, index: int, state: _Range) -> None:
         """Keep a range's sums; add its histogram to the tensor's (whole numbers, so the order does not matter)."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mergekit.errors import UsageError
 from mergekit.kernels import fused
 from mergekit.kernels.elementwise import ALL
 from mergekit.kernels.fused import Fused
@@ -36,8 +37,10 @@ class Passes(Protocol):
         """Count keys by their lower bits, of those with the given upper ones."""
         ...
 
-    def measure(self, rows: np.ndarray, count: int, threshold: int, left: int) -> tuple[int, list[np.ndarray]]:
-        """The sums (float64 [m] each) of parts of the block, in order."""
+    def measure(
+        self, rows: np.ndarray, count: int, threshold: int, left: int, sums: np.ndarray | None
+    ) -> tuple[int, np.ndarray]:
+        """``sums`` (float64 [m], None before the first block) with those of the block added."""
         ...
 
     def merge(
@@ -51,11 +54,11 @@ class Passes(Protocol):
         ...
 
 
-def passes(apply: Apply, method: Method, kernels: Any, codes: np.ndarray) -> Passes:
-    """The passes of a merge of inputs in the types ``codes``; ``method`` is its method, ``guarded``."""
-    chunks = _ChunkPasses(apply, method, kernels, codes)
+def passes(apply: Apply, method: Method, tensor: str, kernels: Any, codes: np.ndarray) -> Passes:
+    """The passes of a merge of inputs in the types ``codes`` to ``tensor``; ``method`` is its method, ``guarded``."""
+    chunks = _ChunkPasses(apply, method, tensor, kernels, codes)
     try:
-        # What can be compiled needs no guard: it was seen what it computes.
+        # Without the guard, which looks at arrays. What it refuses can't be recorded.
         return _FusedPasses(chunks, get_method(apply.method))
     except UntraceableError:
         return chunks
@@ -67,8 +70,9 @@ class _ChunkPasses:
     Chunks start at multiples of their size from the start of a range, whatever the blocks, so sums are the same too.
     """
 
-    def __init__(self, apply: Apply, method: Method, kernels: Any, codes: np.ndarray) -> None:
+    def __init__(self, apply: Apply, method: Method, tensor: str, kernels: Any, codes: np.ndarray) -> None:
         assert isinstance(method.form, Elementwise)
+        self.tensor = tensor
         self.method, self.form, self.kernels, self.codes = method, method.form, kernels, codes
         self.parameters, self.scale = dict(apply.parameters), apply.scale
         self.base = 0 if apply.has_base and method.form.space == "deltas" else -1
@@ -76,6 +80,8 @@ class _ChunkPasses:
         self.extra: tuple[Any, ...] = ()
         self._xp = kernels.arrays()
         self._memory = threading.local()
+        self._lock = threading.Lock()
+        self._number: int | None = None
 
     def count_upper(self, rows: np.ndarray, count: int, totals: np.ndarray) -> int:
         return sum(self.kernels.count_upper(self._keys(x), totals) for _, _, x in self._chunks(rows, count))
@@ -84,15 +90,25 @@ class _ChunkPasses:
         for _, _, x in self._chunks(rows, count):
             self.kernels.count_lower(self._keys(x), upper, totals)
 
-    def measure(self, rows: np.ndarray, count: int, threshold: int, left: int) -> tuple[int, list[np.ndarray]]:
+    def measure(
+        self, rows: np.ndarray, count: int, threshold: int, left: int, sums: np.ndarray | None
+    ) -> tuple[int, np.ndarray]:
         assert self.form.measure is not None
-        parts = []
         for _, _, x in self._chunks(rows, count):
             x, left = self._selected(x, threshold, left)
             with np.errstate(all="ignore"):
-                sums = self.form.measure(self._xp, x, **self.parameters)
-            parts.append(np.asarray(self.kernels.on_host(sums), np.float64))
-        return left, parts
+                found = self.form.measure(self._xp, x, **self.parameters)
+            part = np.asarray(self.kernels.on_host(found), np.float64)
+            with self._lock:
+                self._number = len(part) if self._number is None else self._number
+            if len(part) != self._number:
+                raise UsageError(
+                    f"method '{self.method.name}' on tensor {self.tensor}: its 'measure' returns {self._number} sums "
+                    f"for one chunk and {len(part)} for another; their number must not depend on the data"
+                )
+            sums = part if sums is None else sums + part
+        assert sums is not None, "blocks are not empty"
+        return left, sums
 
     def merge(
         self, rows: np.ndarray, count: int, threshold: int, left: int, out: np.ndarray, code: int
@@ -151,7 +167,7 @@ class _FusedPasses:
             self._fuse(form.measure, self._count, sums=True, **parameters) if form.measure else None
         )
         # Whether the function can be compiled is told before the sums are known: they are numbers, whatever they are.
-        self._function = self._fused_function((np.ones(self._terms.results),) if self._terms else ())
+        self._function = self._fused_function((np.arange(1.0, self._terms.results + 1),) if self._terms else ())
         self._inputs = (chunks.codes, chunks.base)
 
     def _fused_function(self, extra: tuple[Any, ...]) -> Fused:
@@ -168,15 +184,17 @@ class _FusedPasses:
         assert key is not None
         fused.lower_pass(rows, *self._inputs, count, key.address, key.scalars, upper, totals)
 
-    def measure(self, rows: np.ndarray, count: int, threshold: int, left: int) -> tuple[int, list[np.ndarray]]:
-        terms, key = self._terms, self._key or self._terms
+    def measure(
+        self, rows: np.ndarray, count: int, threshold: int, left: int, sums: np.ndarray | None
+    ) -> tuple[int, np.ndarray]:
+        terms, key = self._terms, self._key or self._terms  # without a key all are selected, and it is not called
         assert terms is not None
         assert key is not None
-        sums = np.zeros(terms.results)
+        sums = np.zeros(terms.results) if sums is None else sums
         left = fused.sums_pass(
             rows, *self._inputs, count, terms.address, terms.scalars, key.address, key.scalars, threshold, left, sums
         )
-        return int(left), [sums]
+        return int(left), sums
 
     def merge(
         self, rows: np.ndarray, count: int, threshold: int, left: int, out: np.ndarray, code: int

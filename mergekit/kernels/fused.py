@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,7 +25,7 @@ from mergekit.kernels.codec import BLOCK, encode
 from mergekit.kernels.elementwise import ALL, mark_largest, tally_lower, tally_upper
 from mergekit.kernels.jit import kernel, reassociating_kernel
 from mergekit.kernels.span import load_vectors
-from mergekit.kernels.trace import Program, record
+from mergekit.kernels.trace import Program, UntraceableError, record
 
 __all__ = ["Fused", "fuse", "lower_pass", "merge_pass", "sums_pass", "upper_pass"]
 
@@ -60,7 +61,11 @@ _CODE = {
 }
 """Each operation of a program, on single numbers. Of numpy's results on NaN they keep which are NaN."""
 
+_MOST_PROGRAMS = 8
+"""Of one function for one number of arrays: where numbers decide what it does, each tensor would be compiled anew."""
+
 _compiled: dict[Program, Any] = {}
+_made: Counter[Any] = Counter()
 _lock = threading.Lock()
 
 
@@ -82,6 +87,9 @@ def fuse(function: Callable[..., Any], arrays: int, *extra: Any, sums: bool = Fa
     trace = record(function, arrays, *extra, sums=sums, **parameters)
     with _lock:
         if trace.program not in _compiled:
+            if _made[function, arrays] >= _MOST_PROGRAMS:
+                raise UntraceableError("it does something else for each tensor")
+            _made[function, arrays] += 1
             _compiled[trace.program] = _compile(trace.program)
         return Fused(_compiled[trace.program].address, trace.scalars, len(trace.program.results))
 
@@ -90,14 +98,23 @@ def _compile(program: Program) -> Any:
     """The C function ``block(x, scalars, count, out)`` of a program; x and out are rows of BLOCK elements.
 
     numba keeps machine code for a source file, so the text is written to the kernels' cache; what runs is the text made
-    here, never what a file holds. The name is the program's own, since machine code is found by name.
+    here, never what a file holds. The name is that of the text, since machine code is found by name. A cache that is
+    damaged, or can't be read, is done without.
     """
-    name = f"block_{blake2b(repr(program).encode(), digest_size=12).hexdigest()}"
+    name = f"block_{blake2b(_source(program, 'block').encode(), digest_size=12).hexdigest()}"
     text = _source(program, name)
     path = Path(numba.config.CACHE_DIR) / "fused" / f"{name}.py"
     names: dict[str, Any] = {"__name__": __name__, "np": np, "one": np.float32(1), "zero": np.float32(0)}
     exec(compile(text, str(path), "exec"), names)  # made of the table above and of positions
-    return numba.cfunc(_SIGNATURE, nopython=True, cache=_is_kept(path, text), error_model="numpy")(names[name])
+    for cache in (True, False):
+        if cache and not _is_kept(path, text):
+            continue
+        try:
+            return numba.cfunc(_SIGNATURE, nopython=True, cache=cache, error_model="numpy")(names[name])
+        except Exception:  # unpickling raises many types
+            if not cache:
+                raise
+    raise AssertionError("compiled or raised")
 
 
 def _source(program: Program, name: str) -> str:
@@ -116,10 +133,11 @@ def _source(program: Program, name: str) -> str:
 def _is_kept(path: Path, text: str) -> bool:
     """Whether the source lies in the cache, where it is put if need be."""
     try:
-        if not path.exists():
+        if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
                 file.write(text)
+            os.chmod(file.name, 0o644)  # for others who share the cache
             os.replace(file.name, path)
         return True
     except OSError:
@@ -178,7 +196,7 @@ def lower_pass(raw: np.ndarray, codes: np.ndarray, base: int, count: int, key: i
 @kernel
 def sums_pass(raw: np.ndarray, codes: np.ndarray, base: int, count: int, terms: int, scalars: np.ndarray, key: int,
                key_scalars: np.ndarray, threshold: int, left: int, sums: np.ndarray) -> int:  # fmt: skip
-    """Add up the terms of ``count`` elements, of those selected, into ``sums`` (float64 [m]).
+    """Add the terms of ``count`` elements, of those selected, to ``sums`` (float64 [m]).
 
     ``terms`` is the address of their program. Selected are all elements if ``threshold`` is ``ALL`` (the key is then
     not called), else what ``elementwise.keep_largest`` keeps; returned is what it returns.

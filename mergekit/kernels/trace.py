@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-__all__ = ["Program", "Trace", "UntraceableError", "record"]
+__all__ = ["Program", "Symbols", "Trace", "UntraceableError", "record"]
+
+_MOST_OPERATIONS = 120
+"""Longer programs take many seconds to compile."""
 
 Operation = tuple[str, tuple[int, ...]]
 
@@ -53,20 +56,28 @@ def record(function: Callable[..., Any], arrays: int, *extra: Any, sums: bool = 
     """What ``function(xp, x, *extra, **parameters)`` does to ``arrays`` float32 arrays ``x``.
 
     ``sums``: the function returns an array of sums, and the program's results are their terms; otherwise it has one
-    result. Raises UntraceableError, whatever went wrong.
+    result. Raises UntraceableError, whatever went wrong, also where the function went on after it: what it then
+    returns is not what it computes from arrays.
     """
     recorder = _Recorder()
     x = tuple(recorder.value("input", m) for m in range(arrays))
     try:
-        returned = function(Arrays(), x, *extra, **parameters)
-    except Exception as error:
+        returned = function(Symbols(), x, *extra, **parameters)
+    except (Exception, SystemExit) as error:
         raise UntraceableError(str(error)) from error
-    terms = returned if isinstance(returned, tuple) else (returned,)
-    kind = Sum if sums else Value
-    if not terms or (sums is not isinstance(returned, tuple)) or not all(type(term) is kind for term in terms):
+    if recorder.fault is not None:
+        raise UntraceableError(recorder.fault)
+    if len(recorder.operations) > _MOST_OPERATIONS:
+        raise UntraceableError("it takes too many steps")
+    if sums and type(returned) is Sums:
+        results = tuple(recorder.floats(term.value).position for term in returned.terms)
+    elif not sums and type(returned) is Value and not returned.is_bool:
+        results = (returned.position,)
+    else:
         raise UntraceableError("it returns something else")
-    results = tuple(recorder.floats(term.value if sums else term).position for term in terms)
-    return Trace(Program(tuple(recorder.operations), results), np.array(recorder.scalars, np.float32))
+    with np.errstate(over="ignore"):  # numpy takes a number beyond float32 for infinity, too
+        scalars = np.array(recorder.scalars, np.float32)
+    return Trace(Program(tuple(recorder.operations), results), scalars)
 
 
 class _Recorder:
@@ -75,6 +86,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.operations: list[Operation] = []
         self.scalars: list[float] = []
+        self.fault: str | None = None
         self._known: dict[Operation, int] = {}
 
     def value(self, name: str, *arguments: int, is_bool: bool = False) -> Value:
@@ -84,6 +96,11 @@ class _Recorder:
             self._known[operation] = len(self.operations)
             self.operations.append(operation)
         return Value(self, self._known[operation], is_bool)
+
+    def fail(self, reason: str) -> UntraceableError:
+        """The exception to raise. That it was raised is remembered: the function may catch it."""
+        self.fault = self.fault or reason
+        return UntraceableError(reason)
 
     def floats(self, value: Value) -> Value:
         """Truth values as 0 and 1."""
@@ -98,28 +115,28 @@ class _Recorder:
         given = [value.is_bool for value, operand in zip(values, operands, strict=True) if value is operand]
         if name in _LOGIC:
             if not all(value.is_bool for value in values):
-                raise UntraceableError("bits of numbers")
+                raise self.fail("bits of numbers")
             return self.value(name, *(value.position for value in values), is_bool=True)
         if name not in _COMPARISONS | _ARITHMETIC:
-            raise UntraceableError(f"{name} is not recorded")
+            raise self.fail(f"{name} is not recorded")
         if all(given):
-            raise UntraceableError(f"{name} of truth values")
+            raise self.fail(f"{name} of truth values")
         return self.value(name, *(self.floats(value).position for value in values), is_bool=name in _COMPARISONS)
 
     def choice(self, condition: Any, left: Any, right: Any) -> Value:
         """``numpy.where``."""
-        if not (isinstance(condition, Value) and condition.is_bool):
-            raise UntraceableError("a choice by numbers")
-        if not any(isinstance(operand, Value) and not operand.is_bool for operand in (left, right)):
-            raise UntraceableError("a choice among plain numbers")
+        if type(condition) is not Value or not condition.is_bool:
+            raise self.fail("a choice by numbers")
+        if not any(type(operand) is Value and not operand.is_bool for operand in (left, right)):
+            raise self.fail("a choice among plain numbers")
         values = [self.floats(self._operand(operand)) for operand in (left, right)]
         return self.value("where", condition.position, *(value.position for value in values))
 
     def _operand(self, operand: Any) -> Value:
-        if isinstance(operand, Value) and operand.recorder is self:
+        if type(operand) is Value and operand.recorder is self:
             return operand
-        if type(operand) not in (float, int):
-            raise UntraceableError(f"an operation with {type(operand).__name__}")
+        if type(operand) not in (float, int, np.float32):
+            raise self.fail(f"an operation with {type(operand).__name__}")
         self.scalars.append(float(operand))
         return self.value("scalar", len(self.scalars) - 1)
 
@@ -133,28 +150,50 @@ class Value(NDArrayOperatorsMixin):
     is_bool: bool
 
     def __bool__(self) -> bool:
-        raise UntraceableError("a branch on an element")
+        raise self.recorder.fail("a branch on an element")
+
+    def __getattr__(self, name: str) -> Any:
+        self.recorder.fail(f"a look at its {name}")
+        raise AttributeError(name)
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise self.recorder.fail("an array of symbols")
+
+    @property
+    def __class__(self) -> Any:
+        """Asked for where a function looks at what it was given."""
+        self.recorder.fail("a look at its type")
+        return Value
 
     def __array_ufunc__(self, ufunc: np.ufunc, call: str, *operands: Any, **options: Any) -> Value:
         if call != "__call__" or options:
-            raise UntraceableError(f"{ufunc.__name__} with options")
-        if ufunc is np.power and type(operands[1]) is int and operands[1] == 2:
-            return self * self
+            raise self.recorder.fail(f"{ufunc.__name__} with options")
+        if ufunc is np.square or (ufunc is np.power and type(operands[1]) in (int, float) and operands[1] == 2):
+            return np.multiply(operands[0], operands[0])
+        if ufunc is np.positive:
+            return self
         return self.recorder.operation(ufunc.__name__, operands)
 
     def __array_function__(self, function: Any, types: Any, operands: tuple[Any, ...], options: Any) -> Any:
         if options:
-            raise UntraceableError(f"{function.__name__} with options")
+            raise self.recorder.fail(f"{function.__name__} with options")
         if function is np.where and len(operands) == 3:
             return self.recorder.choice(*operands)
-        if function is np.clip and len(operands) == 3:
+        if function is np.clip and len(operands) == 3 and operands[0] is self:
             value, low, high = operands
             return np.minimum(np.maximum(value, low), high)
         if function is np.sum and len(operands) == 1:
             return Sum(self)
         if function is np.count_nonzero and len(operands) == 1:
             return Sum(self if self.is_bool else self.recorder.operation("not_equal", [self, 0]))
-        raise UntraceableError(f"{function.__name__} is not recorded")
+        raise self.recorder.fail(f"{function.__name__} is not recorded")
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """An array of sums."""
+
+    terms: tuple[Sum, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +203,22 @@ class Sum:
     value: Value
 
     def __array_function__(self, function: Any, types: Any, operands: tuple[Any, ...], options: Any) -> Any:
-        if function is not np.stack or options or len(operands) != 1:
-            raise UntraceableError(f"{function.__name__} of sums")
-        return tuple(operands[0])
+        terms = tuple(operands[0]) if function is np.stack and not options and len(operands) == 1 else ()
+        if not terms or not all(type(term) is Sum for term in terms):
+            raise self.value.recorder.fail(f"{function.__name__} of sums")
+        return Sums(terms)
 
 
-class Arrays:
-    """numpy, but for what makes arrays of anything."""
+class Symbols:
+    """What stands for the module of arrays: numpy, whose functions take symbols, with an ``asarray`` that does, too."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
     def asarray(self, value: Any, dtype: Any = None) -> Value:
         """Truth values as 0 and 1; floats as they are."""
-        if not isinstance(value, Value) or dtype not in (None, np.float32):
-            raise UntraceableError("a change of type")
+        if type(value) is not Value:
+            raise UntraceableError("an array of something else")
+        if dtype not in (None, np.float32):
+            raise value.recorder.fail("a change of type")
         return value if dtype is None else value.recorder.floats(value)
