@@ -209,7 +209,7 @@ class Fuzzer:
         os.close(writer)
         late = self._wait(reader, child)
         with open(reader, "rb") as stream:
-            told = stream.read().decode("utf-8", "replace")
+            told = stream.read().decode("utf-8", "surrogateescape")
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         number, _, read, refused = struct.unpack("<QdQQ", self._shared[:32])
         self.tally[name].read += read

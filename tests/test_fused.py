@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engine import merge
 from kernel_cases import pack, unpack
 from mergekit.dtypes import BF16, F16, F32, F64
+from mergekit.execute.passes import _FusedPasses
 from mergekit.kernels import cpu, fused
 from mergekit.kernels.elementwise import ALL
 from mergekit.kernels.trace import UntraceableError, record
@@ -94,7 +95,7 @@ def expressions(draw: st.DrawFn, depth: int = 3) -> str:
     number = draw(st.floats(-8, 8, width=32))
     return draw(
         st.sampled_from([
-            f"({left} + {right})", f"({left} - {number!r})", f"({left} * {right})", f"({number!r} / {right})",
+            f"({left} + {right})", f"({left} - {number!r})", f"({left} * {right})", f"({left} / {number!r})",
             f"xp.abs({left})", f"xp.where({left} > {right}, {left}, {number!r})", f"xp.minimum({left}, {right})",
             f"(({left} <= {number!r}) * {right})", f"xp.asarray(~({left} < {right}), dtype=xp.float32)",
         ])
@@ -169,24 +170,31 @@ def test_a_function_that_is_another_for_each_tensor_is_not_compiled_for_ever():
             total = total + x[1]
         return total
 
-    with pytest.raises(UntraceableError, match="for each tensor"):
-        for number in range(20):
+    refused = []
+    for number in range(1, 13):
+        try:
             fused.fuse(function, 2, np.array([float(number)]))
+        except UntraceableError:
+            refused.append(number)
+    assert 8 <= 12 - len(refused) <= 9
+    fused.fuse(function, 2, np.array([2.0]))  # what is there is used
 
 
 @pytest.mark.parametrize("name", ["sce", "ramplus_tl"])
 def test_sums_do_not_depend_on_blocks(name):
     """To the last digit: they are added up in the same order."""
-    seen = []
-    for block in (4096, 8192, 65536):
-        found: list[np.ndarray] = []
-        with pytest.MonkeyPatch.context() as patch:
-            fuse = fused.fuse
-            patch.setattr(
-                cpu, "fuse", lambda f, n, *extra, **more: (found.extend(extra), fuse(f, n, *extra, **more))[1]
-            )
+    seen: list[list[float]] = []
+    measured = _FusedPasses.measured
+
+    def watched(self: Any, sums: np.ndarray) -> Any:
+        seen.append(sums.tolist())
+        return measured(self, sums)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_FusedPasses, "measured", watched)
+        for block in (4096, 8192, 65536):
             merge(name, list(np.random.default_rng(5).standard_normal((4, 300, 501))), block=block)
-        seen.append(found[-1].tolist())
+    assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
 
 

@@ -43,7 +43,7 @@ MEMORY = 500 << 20
 """A command may take that many bytes more than the process that it was forked from."""
 _SPACE = 4 << 30
 """Bytes of address space beyond the parent's: a last resort that keeps this machine alive."""
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 _NEVER = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "socket.connect", "socket.getaddrinfo",
@@ -213,7 +213,7 @@ def run_together(tasks: Sequence[Task], root: Path, seconds: float = SECONDS) ->
 
 
 def _text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    return path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else ""
 
 
 def _child(tasks: Sequence[Task], root: Path) -> None:
