@@ -239,3 +239,47 @@ def test_what_a_power_cut_can_not_reorder(tmp_path, monkeypatch, recipe):
     assert config == max(at for at, (kind, _) in enumerate(events) if kind == "rename")
     assert ("sync", "out") in events[first_rename:config], "the names of the shards are there before config.json is"
     assert ("sync", "out") in events[config:]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The files that don't depend on how the recipe was given."""
+    names = ("*.safetensors", "*.index.json", "config.json", "merge_stats.json")
+    return {path.name: path.read_bytes() for name in names for path in folder.glob(name)}
+
+
+def test_killed_at_every_step_of_cleaning_up(tmp_path, recipe):
+    """The model is complete: the same command says so and clears the rest; another may not replace it unasked."""
+    script = (
+        "import os, sys, mergekit\n"
+        "real, left = os.unlink, int(sys.argv[3])\n"
+        "def unlink(path, *args, **more):\n"
+        "    global left\n"
+        "    if not os.path.exists('out/config.json'):\n"
+        "        return real(path, *args, **more)\n"
+        "    if left == 0:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    left -= 1\n"
+        "    real(path, *args, **more)\n"
+        "os.unlink = unlink\n"
+        "mergekit.run_merge(sys.argv[1], sys.argv[2], shard_size=2000)\n"
+    )
+    mergekit.run_merge(recipe, tmp_path / "whole", shard_size=2000)
+    wanted = files(tmp_path / "whole")
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
+    other = {**recipe, "models": recipe["models"][:1]}
+    steps = 0
+    while True:
+        out = tmp_path / f"at{steps}" / "out"
+        out.parent.mkdir()
+        command = [sys.executable, "-c", script, str(tmp_path / "r.yml"), "out", str(steps)]
+        if subprocess.run(command, cwd=out.parent).returncode == 0:
+            break
+        assert (out / STAGING).exists()
+        with pytest.raises((UsageError, RunError), match=r"already holds weights|unfinished work"):
+            mergekit.run_merge(other, out)
+        if (out / STAGING).exists():
+            mergekit.run_merge(recipe, out, shard_size=2000)
+        assert not (out / STAGING).exists()
+        assert files(out) == wanted
+        steps += 1
+    assert steps >= 1

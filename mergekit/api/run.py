@@ -58,6 +58,9 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
     _check_targets(folder, [*(shard.name for shard in plan.shards), *_document_names(plan, options), MANIFEST])
     kernels = kernels_for(plan, hooks.on_compile)
     with Staging(folder, plan, overwrite=options.overwrite, restart=options.restart) as staging:
+        if staging.is_complete:
+            hooks.advance(sum(output.nbytes for output in plan.outputs))
+            return [*staging.notes, f"{folder} was complete already; what an interrupted run had left there is removed"]
         remaining = staging.remaining()
         if hooks.prepare:
             hooks.prepare(staging.folder)
@@ -160,13 +163,12 @@ def _document_names(plan: Plan, options: RunOptions) -> list[str]:
 
 def check_writable(folder: Path, options: RunOptions) -> None:
     """Refuse an output folder that holds a model already, before anything is opened or downloaded."""
-    from mergekit.output import STAGING, holds_weights, was_publishing
+    from mergekit.output import STAGING, publishing, refuse_replacing
 
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give a folder for the output")
-    present = holds_weights(folder)
-    if present and not options.overwrite and not was_publishing(folder / STAGING / "journal"):
-        raise UsageError(f"{folder} already holds weights ({present[0]}); choose another folder, or pass --overwrite")
+    if publishing(folder / STAGING / "journal") == "no":
+        refuse_replacing(folder, overwrite=options.overwrite)
 
 
 def _check_places(plan: Plan, folder: Path) -> None:

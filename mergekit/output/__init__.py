@@ -6,7 +6,7 @@ Here: writing. Not here: computing, or deciding what to write (``planning`` does
 
 from mergekit.output.card import model_card
 from mergekit.output.check import vocabulary_faults
-from mergekit.output.journal import was_publishing
+from mergekit.output.journal import publishing
 from mergekit.output.manifest import (
     MANIFEST,
     Manifest,
@@ -16,7 +16,7 @@ from mergekit.output.manifest import (
     recipe_text,
     sha256,
 )
-from mergekit.output.staging import STAGING, Staging, holds_weights
+from mergekit.output.staging import STAGING, Staging, holds_weights, refuse_replacing
 from mergekit.output.stats import STATS, lost_to_rounding, stats_text
 
 __all__ = [
@@ -30,10 +30,11 @@ __all__ = [
     "lost_to_rounding",
     "manifest_text",
     "model_card",
+    "publishing",
     "read_manifest",
     "recipe_text",
+    "refuse_replacing",
     "sha256",
     "stats_text",
     "vocabulary_faults",
-    "was_publishing",
 ]

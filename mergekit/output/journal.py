@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from mergekit.checkpoint.positional import read_at
 from mergekit.errors import ResumeError
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["Entry", "Journal", "was_publishing"]
+__all__ = ["Entry", "Journal", "publishing"]
 
 _CHUNK = 1 << 22
 
@@ -41,7 +41,7 @@ class Journal:
         records = _read(self._path)
         fresh = not records
         if records:
-            theirs = records[0].get("plan")
+            theirs = records[0].get("plan")  # not is_same: what changed is to be named
             if not isinstance(theirs, dict) or theirs != self._identity:
                 changed = [word for word, digest in self._identity.items() if (theirs or {}).get(word) != digest]
                 raise ResumeError(
@@ -59,6 +59,11 @@ class Journal:
             os.lseek(self._descriptor, 0, os.SEEK_END)
         return fresh
 
+    def is_same(self) -> bool:
+        """Whether the journal that is there is of this plan."""
+        records = _read(self._path)
+        return bool(records) and records[0].get("plan") == self._identity
+
     def verify(self, plan: Plan, files: Mapping[str, int]) -> frozenset[str]:
         """The names of the recorded tensors whose bytes are still what was written."""
         found = (output for output in plan.outputs if output.name in self.checksums)
@@ -71,9 +76,9 @@ class Journal:
             self.checksums.update((o.name, c) for o, c, _ in batch)
             self.figures.update((o.name, dict(figures)) for o, _, figures in batch if figures)
 
-    def begin_publishing(self) -> None:
-        """Record that files of the result are about to appear in the output folder."""
-        self._write([{"publishing": True}])
+    def begin_publishing(self, last: str) -> None:
+        """Record that files of the result are about to move to the output folder, ``last`` in the end."""
+        self._write([{"publishing": last}])
 
     def close(self) -> None:
         """Close the file."""
@@ -89,9 +94,16 @@ class Journal:
         os.fsync(self._descriptor)
 
 
-def was_publishing(path: Path) -> bool:
-    """Whether the run that wrote the journal at ``path`` had begun to publish its result."""
-    return any("publishing" in record for record in _read(path))
+def publishing(path: Path) -> Literal["no", "begun", "done"]:
+    """How far the run that wrote the journal at ``path`` came with publishing its result.
+
+    It is done when the last file has moved from the staging folder to the output folder above it.
+    """
+    last = next((str(record["publishing"]) for record in _read(path) if "publishing" in record), None)
+    if last is None:
+        return "no"
+    is_done = not (path.parent / last).exists() and (path.parents[1] / last).exists()
+    return "done" if is_done else "begun"
 
 
 def _line(record: Mapping[str, object]) -> bytes:

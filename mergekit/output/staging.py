@@ -26,12 +26,12 @@ from mergekit.errors import (
     RunError,
     UsageError,
 )
-from mergekit.output.journal import Entry, Journal
+from mergekit.output.journal import Entry, Journal, publishing
 from mergekit.output.manifest import MANIFEST
 from mergekit.output.stats import STATS
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["STAGING", "Staging", "holds_weights"]
+__all__ = ["STAGING", "Staging", "holds_weights", "refuse_replacing"]
 
 STAGING = ".mergekit-staging"
 _MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
@@ -62,6 +62,8 @@ class Staging:
         self._committer: threading.Thread | None = None
         self._fault: BaseException | None = None
         self.notes: list[str] = []
+        self.is_complete = False
+        """The result was published by an earlier run: there is nothing to do."""
 
     def __enter__(self) -> Staging:
         """Lock the folder, create or reopen the shards."""
@@ -71,10 +73,17 @@ class Staging:
         try:
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
                 raise UsageError(f"{self.folder} is not a folder of ours; remove it")
+            self.journal = Journal(self.folder / "journal", self._plan)
+            if publishing(self.folder / "journal") == "done":
+                # Killed while it cleaned up: nothing is left to do for the same plan, and others meet a finished model.
+                self.is_complete = not self._restart and self.journal.is_same()
+                self._clear()
+                if self.is_complete:
+                    return self
+                refuse_replacing(self.out, overwrite=self._overwrite)
             if self._restart and self.folder.exists():
                 shutil.rmtree(self.folder)
             _make_folder(self.folder)
-            self.journal = Journal(self.folder / "journal", self._plan)
             fresh = self.journal.open()
             for shard in self._plan.shards:
                 self._open_shard(shard.name, shard.size, shard.header, fresh)
@@ -210,7 +219,7 @@ class Staging:
             if replaced and not self._overwrite:
                 self.notes.append(f"replaced what {self.out} held as {', '.join(replaced)}")
             # From here on the folder may hold parts of this result: the next run may replace them unasked.
-            self.journal.begin_publishing()
+            self.journal.begin_publishing(documents[-1][0])
             _remove_old_model(self.out)
             for shard in self._plan.shards:
                 os.replace(self.folder / shard.name, self.out / shard.name)
@@ -222,9 +231,20 @@ class Staging:
         except OSError as error:
             raise _write_fault(error, self.out) from None
         self.journal.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._clear()
         if self.folder.exists():
             self.notes.append(f"{self.folder} could not be removed; the model is complete, remove it by hand")
+
+    def _clear(self) -> None:
+        """Remove the staging folder, the journal last: it tells that the rest is of no use."""
+        for path in self.folder.iterdir():
+            if path.name == "journal":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     # Files
 
@@ -322,6 +342,13 @@ def holds_weights(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.is_file() and _MODEL_FILE.match(p.name))
+
+
+def refuse_replacing(folder: Path, *, overwrite: bool) -> None:
+    """UsageError if ``folder`` holds weights that may not be replaced."""
+    present = holds_weights(folder)
+    if present and not overwrite:
+        raise UsageError(f"{folder} already holds weights ({present[0]}); choose another folder, or pass --overwrite")
 
 
 def _remove_old_model(folder: Path) -> None:
