@@ -20,7 +20,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -147,7 +146,7 @@ def _after_sleep(call: Callable[..., Any], pace: float) -> Callable[..., Any]:
 def _patch_staging(log: Log, pace: float) -> None:
     kind = staging.Staging
     enter, write, finish, commit, settle = kind.__enter__, kind.write, kind.finish, kind._commit, kind.settle
-    publish, begin, rmtree = kind.publish, journal.Journal.begin_publishing, shutil.rmtree
+    publish, begin, clear = kind.publish, journal.Journal.begin_publishing, kind._clear
 
     def entered(self: Any) -> Any:
         log.enter("opening")
@@ -182,14 +181,14 @@ def _patch_staging(log: Log, pace: float) -> None:
         settle(self)
         log.enter("finishing")
 
-    def began(self: Any) -> None:
+    def began(self: Any, last: str) -> None:
         log.enter("publishing")
-        begin(self)
+        begin(self, last)
 
-    def removed(path: Any, *args: Any, **more: Any) -> None:
-        if Path(path).name == staging.STAGING and log.stage == "publishing":
+    def cleared(self: Any) -> None:
+        if log.stage == "publishing":
             log.enter("cleaning")
-        rmtree(path, *args, **more)
+        clear(self)
 
     def published(self: Any, documents: Any) -> None:
         publish(self, documents)
@@ -198,11 +197,10 @@ def _patch_staging(log: Log, pace: float) -> None:
 
     for name, call in {
         "__enter__": entered, "write": written, "finish": finished, "_commit": committed, "settle": settled,
-        "publish": published,
+        "publish": published, "_clear": cleared,
     }.items():  # fmt: skip
         setattr(kind, name, call)
     journal.Journal.begin_publishing = began  # type: ignore[method-assign]
-    shutil.rmtree = removed  # type: ignore[assignment]
 
 
 def run() -> None:

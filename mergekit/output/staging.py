@@ -62,6 +62,7 @@ class Staging:
         self._committer: threading.Thread | None = None
         self._fault: BaseException | None = None
         self.notes: list[str] = []
+        self.done: frozenset[str] = frozenset()
         self.is_complete = False
         """The result was published by an earlier run: there is nothing to do."""
 
