@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def test_folders_of_any_name(tmp_path, name):
     assert str(tmp_path) not in (out / "merge_manifest.json").read_text(encoding="utf-8")
     assert mergekit("verify", str(out.resolve())).code == 0
     assert mergekit("reproduce", str(out.resolve())).code == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other systems are text")
+def test_an_output_folder_whose_name_is_no_text(tmp_path):
+    Path("r.yml").write_text(recipe(family(tmp_path / "m", 2, F32)))
+    out = os.fsdecode(b"out\xff")
+    result = mergekit_yaml("r.yml", out)
+    assert result.code == 0, result.err
+    assert mergekit("verify", out).code == 0
 
 
 def test_a_path_that_is_too_long_is_one_line():

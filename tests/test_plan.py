@@ -163,3 +163,12 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path, method):
         peaks[name] = peak_memory(tmp_path / f"{name}.yml")
     assert peaks["large"] < peaks["small"] + 40_000  # kilobytes; the tensor has 65,536
     assert peaks["large"] < 400_000
+
+
+def test_the_plan_names_code_that_comes_along(folders, tmp_path):
+    (folders[0] / "modeling_test.py").write_text("raise SystemExit('ran')\n")
+    models = [{"model": str(folder), "parameters": {"weight": 1}} for folder in folders]
+    wanted = {"merge_method": "linear", "models": models}
+    assert any("brings code (modeling_test.py): it is copied and not run" in n for n in mergekit.plan(wanted).notes)
+    mergekit.run_merge(wanted, tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_test.py").is_file()

@@ -79,7 +79,12 @@ def plan_moe(
         raise checked.fault(str(error), "architecture") from None
     if fetch and not all(map(is_folder, checked.references())):
         build_moe_plan(checked, target, plan_options(options, fetch=False))
-    return build_moe_plan(checked, target, plan_options(options, fetch))
+    made = build_moe_plan(checked, target, plan_options(options, fetch))
+    code = sorted(path.name for path in Path(made.tokenizer).glob("*.py")) if choices.trust_remote_code else []
+    if not code or not made.recipe.uses_prompts:
+        return made
+    note = f"--trust-remote-code: reading the prompts may run {', '.join(code)} of {made.plan.sources[0].short}"
+    return replace(made, plan=replace(made.plan, notes=(*made.plan.notes, note)))
 
 
 def run_moe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> l
     """The small files in the order of publishing: the index first, config.json last."""
     from mergekit.output import model_card, recipe_text
 
-    title = folder.resolve().name
+    title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")  # a name may be any bytes
     contents: dict[str, str | Path] = {
         "model.safetensors.index.json": plan.index or "",
         "README.md": "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,15 @@ _MOST_CONTAINERS, _MOST_ENTRIES = 2_000_000, 5_000_000
 """A tokenizer of 250,000 tokens with its merges has a third of that, a header of 200,000 tensors half."""
 _DEEPEST = 100
 _WALKED = 1 << 22
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half of a character beyond the first 65,536: without the other half it can't be written again."""
 
 
 def parse_json(raw: bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The value that ``raw`` (UTF-8) describes.
 
-    ValueError, with what is wrong in a few words, if it is no JSON, nested too deeply, or would take a lot more memory
-    than its own size: an empty list takes twenty times the two bytes that describe it.
+    ValueError, with what is wrong in a few words, if it is no JSON, nested too deeply, holds what is no text, or would
+    take a lot more memory than its own size: an empty list takes twenty times the two bytes that describe it.
     """
     if raw.count(b"[") + raw.count(b"{") > _MOST_CONTAINERS or raw.count(b",") > _MOST_ENTRIES:
         raise ValueError("it has more entries than any file of a model")
@@ -26,6 +29,11 @@ def parse_json(raw: bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | 
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError("it holds half a character") from None
     if len(raw) < _WALKED and _is_deep(value):
         raise ValueError("nested too deeply")
     return value

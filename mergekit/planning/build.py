@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     left_out = (*slots.left_out, *((number, name, reason) for number, name in unused_parts(models, used)))
     warnings += expresser.all_warnings() + more + words + _left_out_warning(models, left_out)
     outputs, shards, index = pack(made, options.shard_size)
-    notes = [*recipe.notes, *models.notes]
+    notes = [*recipe.notes, *models.notes, *code_note(models, files.copied)]
     for model in models.models:
         notes += [f"{model.reference.short}: {notice}" for notice in model.checkpoint.notices]
     if any(read.info.dtype.code == "F64" for output in outputs for read in leaves(output.expression)):
@@ -133,6 +133,17 @@ def _check_relatives(models: Models, slots: Slots) -> None:
             f"{models[position].reference} has none of the tensors of {models[models.donor].reference}; "
             f"merge models of one architecture"
         )
+
+
+def code_note(models: Models, files: Iterable[tuple[int, str]]) -> list[str]:
+    """A note about the code among small ``files`` to copy, if there is any."""
+    names = [name for _, name in files if name.endswith(".py")]
+    if not names:
+        return []
+    return [
+        f"{models[models.donor].reference.short} brings code ({', '.join(names)}): it is copied and not run here; "
+        f"programs that load the result run it if they are told to trust it"
+    ]
 
 
 def _left_out_warning(models: Models, left_out: Sequence[tuple[int, str, str]]) -> list[str]:
