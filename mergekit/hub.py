@@ -318,7 +318,7 @@ def _translate(error: Exception, asked: str, cache_dir: Path | None) -> Mergekit
     error = _cause(error)
     status, host = _status(error), _host()
     if isinstance(error, errors.HFValidationError):
-        return ModelNotFoundError(f"'{asked}' is no folder here, and no hub can hold such a name")
+        return ModelNotFoundError(f"no hub can hold a model called '{asked}': write org/name, or the path of a folder")
     if isinstance(error, errors.GatedRepoError):
         return HubError(f"'{asked}' is gated: ask for access on its page at {host}, then `hf auth login`")
     if isinstance(error, errors.RevisionNotFoundError):
@@ -327,7 +327,7 @@ def _translate(error: Exception, asked: str, cache_dir: Path | None) -> Mergekit
         return ModelNotFoundError(f"'{asked}' lacks a file that {host} lists: run again")
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         advice = "check the name; if it is private, `hf auth login`"
-        return ModelNotFoundError(f"'{asked}' is no folder here and no model on {host}: {advice}")
+        return ModelNotFoundError(f"there is no model '{asked}' on {host}: {advice}")
     if status in (401, 403):
         return HubError(f"{host} refuses '{asked}' (HTTP {status}): `hf auth login`, or mend HF_TOKEN")
     if isinstance(error, OSError) and error.errno is not None:

@@ -77,8 +77,8 @@ ON_HUB = [
         build=several(changes("models/b", "org/nothing"), text("hub/README.md", "")),
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/nothing' here, and 'org/nothing' is no folder here and no "
-            "model on huggingface.co: check the name; if it is private, `hf auth login`"
+            "recipe.yml:5:5: there is no folder 'org/nothing' here, and there is no model 'org/nothing' on "
+            "huggingface.co: check the name; if it is private, `hf auth login`"
         ),
         meaning="A name with one slash that is no folder here is looked for on the hub.",
     ),
@@ -87,8 +87,8 @@ ON_HUB = [
         build=several(changes("models/b", "org--x/model"), text("hub/README.md", "")),
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org--x/model' here, and 'org--x/model' is no folder here, and "
-            "no hub can hold such a name"
+            "recipe.yml:5:5: there is no folder 'org--x/model' here, and no hub can hold a model called "
+            "'org--x/model': write org/name, or the path of a folder"
         ),
         meaning="Check the spelling; folders are given by their path.",
     ),

@@ -136,7 +136,9 @@ FILES = [
         title="A token is no text",
         build=_second(vocab={**WORDS, "\ud800": VOCAB}),
         code=1,
-        message="models/b/tokenizer.json: a token is no text (it holds half of a surrogate pair)",
+        message=(
+            "models/b/tokenizer.json: not valid JSON (it holds half of a surrogate pair); download it again, or mend it"
+        ),
         meaning="The file is damaged: fetch it again.",
     ),
     Case(

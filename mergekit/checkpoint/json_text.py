@@ -33,7 +33,7 @@ def parse_json(raw: bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | 
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (UnicodeEncodeError, RecursionError):
-            raise ValueError("it holds half a character") from None
+            raise ValueError("it holds half of a surrogate pair") from None
     if len(raw) < _WALKED and _is_deep(value):
         raise ValueError("nested too deeply")
     return value
