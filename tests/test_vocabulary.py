@@ -169,7 +169,7 @@ def test_files_without_a_type_and_tokens_beside_them(tmp_path):
     found = read_vocabulary(tmp_path / kind, kind)
     assert found.ids["[PAD]"] == 9000
     assert found.ids["<s>"] == 0
-    for text, phrase in (('{"[PAD]": 16777214}', "mostly empty"), ('{"\\ud800": 9000}', "is no text")):
+    for text, phrase in (('{"[PAD]": 16777214}', "mostly empty"), ('{"\\ud800": 9000}', "half of a surrogate pair")):
         beside.write_text(text)
         assert phrase in str(refusal(read_vocabulary, tmp_path / kind, kind))
 
@@ -273,7 +273,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a score that is no number": ({"model": {"type": "Unigram", "vocab": [["a", float("nan")]]}}, "pieces and scores"),
     "a huge score": ({"model": {"type": "Unigram", "vocab": [["a", -(10**400)]]}}, "pieces and scores"),
     "an id far away": ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 16777214}}}, "mostly empty"),
-    "half a surrogate pair": ({"model": {"type": "WordLevel", "vocab": {"\ud800": 0}}}, "is no text"),
+    "half a surrogate pair": ({"model": {"type": "WordLevel", "vocab": {"\ud800": 0}}}, "half of a surrogate pair"),
     "a prefix that is a number": (
         {"model": {"type": "WordPiece", "vocab": {}, "continuing_subword_prefix": 5}},
         "is no text",

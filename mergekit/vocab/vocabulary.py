@@ -141,16 +141,12 @@ def vocabulary_of(record: Mapping[str, Any], name: str, place: str) -> Vocabular
 
 
 def _hold(ids: Mapping[str, int], place: str) -> None:
-    """Refuse ids far beyond the number of tokens, and tokens that can't be written."""
+    """Refuse ids far beyond the number of tokens."""
     largest = max(ids.values(), default=0)
     if largest > 2 * len(ids) + _MOST_HOLES:
         raise CheckpointError(
             f"{place}: {len(ids)} tokens, but one has id {largest}; its embeddings would be mostly empty"
         )
-    try:
-        "".join(ids).encode("utf-8")
-    except UnicodeEncodeError:
-        raise CheckpointError(f"{place}: a token is no text (it holds half of a surrogate pair)") from None
 
 
 def _kind_of(model: Mapping[str, Any]) -> str:
