@@ -73,13 +73,13 @@ def kernels() -> dict[str, tuple[Call, int]]:
     table, chunk = np.ones((MODELS, ROW), np.float32), np.empty((MODELS, cpu.CHUNK), np.float32)
     tables, lower = np.zeros((4, cpu.COARSE_BINS), np.int64), np.zeros(cpu.FINE_BINS, np.uint32)
     keys = np.abs(VALUES)
-    sce, deltas = get_method("sce"), MODELS - 1
+    sce, deltas, topk = get_method("sce"), MODELS - 1, {"select_topk": 0.5}
     assert isinstance(sce.form, Elementwise)
     assert sce.form.key
     assert sce.form.measure
-    key = fused.fuse(sce.form.key, deltas, select_topk=0.5)
-    terms = fused.fuse(sce.form.measure, deltas, sums=True, select_topk=0.5)
-    function = fused.fuse(sce.function, deltas, np.ones(deltas), select_topk=0.5)
+    key = fused.fuse(sce.form.key, deltas, (), topk)
+    terms = fused.fuse(sce.form.measure, deltas, (), topk, sums=True)
+    function = fused.fuse(sce.function, deltas, (np.ones(deltas),), topk)
     read, both, single = 2 * MODELS, 2 * MODELS + 2, F32.size
     return {
         "weighted_sum": (lambda r, o: cpu.weighted_sum(r, CODES, ONES, COUNT, o, OUT), both),

@@ -275,7 +275,7 @@ def test_whole_merges_agree(tmp_path, monkeypatch, method, dtype, device):
 def test_block_size_does_not_change_a_byte(tmp_path, monkeypatch, method):
     recipe = recipe_for(method, family(tmp_path, 3, BF16, SHAPES), BF16)
     kernels = TorchKernels("cpu")
-    monkeypatch.setattr("mergekit.api.run._kernels", lambda plan, on_compile: kernels)
+    monkeypatch.setattr("mergekit.api.run.kernels_for", lambda plan, on_compile: kernels)
     monkeypatch.setattr(work, "_LEAST_BLOCK", 1024)
     monkeypatch.setattr(work, "ALIGNMENT", 1024)
     files = []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engine import merge
 from kernel_cases import pack, unpack
 from mergekit.dtypes import BF16, F16, F32, F64
-from mergekit.execute.passes import _FusedPasses
+from mergekit.execute.passes import _ChunkPasses, _FusedPasses
 from mergekit.kernels import cpu, fused
 from mergekit.kernels.elementwise import ALL
 from mergekit.kernels.trace import UntraceableError, record
@@ -163,21 +163,30 @@ def test_sums_come_in_one_array(name):
         record(made[name], 2, sums=True)
 
 
-def test_a_function_that_is_another_for_each_tensor_is_not_compiled_for_ever():
-    def function(xp: Any, x: tuple[Any, ...], sums: np.ndarray) -> Any:
-        total = x[0]
+def test_where_sums_decide_what_is_done_arrays_do_it(tmp_path):
+    """Whatever the process did before: the same bytes."""
+
+    def measure(xp: Any, x: tuple[Any, ...], *, arrays: float) -> Any:
+        return xp.stack([xp.count_nonzero(x[0] > 0)])
+
+    t = once("arrays", Real(), 1.0, help="a parameter called as an argument of ours")
+
+    @method("scratch", title="A", form=Elementwise(measure=measure), base="required", models=(1, None), params=[t])
+    def scratch(xp: Any, x: tuple[Any, ...], sums: np.ndarray, *, arrays: float) -> Any:
+        total = x[0] * arrays
         for _ in range(int(sums[0])):
-            total = total + x[1]
+            total = total + x[0]
         return total
 
-    refused = []
-    for number in range(1, 13):
-        try:
-            fused.fuse(function, 2, np.array([float(number)]))
-        except UntraceableError:
-            refused.append(number)
-    assert 8 <= 12 - len(refused) <= 9
-    fused.fuse(function, 2, np.array([2.0]))  # what is there is used
+    try:
+        base, delta = np.zeros(40, np.float32), np.zeros(40, np.float32)
+        for count in range(12):
+            delta[:count] = 1
+            before = len(fused._compiled)
+            assert (merge("scratch", [base, delta], arrays=2.0) == delta * (2 + count)).all()
+        assert len(fused._compiled) == before
+    finally:
+        del REGISTRY["scratch"]
 
 
 @pytest.mark.parametrize("name", ["sce", "ramplus_tl"])
@@ -207,7 +216,9 @@ def test_what_cannot_be_recorded_is_said(name):
 def test_numbers_are_arguments_of_the_program():
     """Another parameter or sum is no other program, or each tensor would be compiled anew."""
     function = get_method("sce").function
-    first, second = (record(function, 3, np.array(sums), select_topk=0.5) for sums in ([1.0, 2, 3], [0.0, 0, 0]))
+    first, second = (
+        record(function, 3, (np.array(sums),), {"select_topk": 0.5}) for sums in ([1.0, 2, 3], [0.0, 0, 0])
+    )
     assert first.program == second.program
     assert list(first.scalars) != list(second.scalars)
 
@@ -217,14 +228,19 @@ def test_our_own_methods_are_all_compiled(name):
     fuse, seen = fused.fuse, []
 
     def watched(*args: Any, **parameters: Any) -> Any:
-        seen.append(args)
-        return fuse(*args, **parameters)
+        made = fuse(*args, **parameters)
+        seen.append(made)
+        return made
+
+    def arrays(*args: Any) -> None:
+        raise AssertionError("called with arrays")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "fuse", watched)  # would raise what the work passes over
+        patch.setattr(cpu, "fuse", watched)
+        patch.setattr(_ChunkPasses, "merge", arrays)
         merge(name, models_for(name), **PARAMETERS.get(name, {}))
     form = get_method(name).form
-    assert len(seen) == 1 + bool(form.key) + 2 * bool(form.measure)  # the last again with the sums
+    assert len(seen) == 1 + bool(form.key) + bool(form.measure)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)

@@ -67,7 +67,8 @@ def test_the_manuals_command_and_its_recipe(tmp_path):
     done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in out.iterdir()} == {
-        "README.md", "config.json", "configuration_phi3_moe.py", "generation_config.json", "mergekit_moe_config.yml",
+        "README.md", "config.json", "configuration_phi3_moe.py", "generation_config.json", "merge_manifest.json",
+        "mergekit_moe_config.yml",
         "model.safetensors", "modeling_phi3_moe.py", "routing.json", "special_tokens_map.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip

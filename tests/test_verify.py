@@ -57,10 +57,6 @@ def merged(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
-def faults(folder: Path) -> list[str]:
-    return verify_model(folder).faults
-
-
 def test_a_merge_is_sound_and_can_be_made_again(merged):
     code, said, _ = run("verify", "out")
     assert code == 0, said
@@ -120,6 +116,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unfinished work": (lambda out: (out / STAGING).mkdir(), "holds the work of a merge that did not end"),
     "fewer rows": (lambda out: rewrite(out, "64", "60"), "says vocab_size 60, but the embeddings have 64 rows"),
     "more layers": (lambda out: rewrite(out, 'layers": 2', 'layers": 9'), "config.json says 9 layers, but no stack"),
+    "weights that go before": (
+        lambda out: (out / "model.safetensors").write_bytes((out.parent / "m1/model.safetensors").read_bytes()),
+        "weights that are no part of it, which other programs may load instead: model.safetensors",
+    ),
     "no config": (lambda out: (out / "config.json").unlink(), "config.json is missing or empty"),
 }
 
@@ -128,7 +128,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_damage_is_found(merged, case):
     damage, expected = DAMAGES[case]
     damage(merged)
-    assert any(expected in fault for fault in faults(merged)), faults(merged)
+    result = verify_model(merged)
+    assert any(expected in line for line in result.faults + result.lines), result
+    assert result.faults
     code, said, _ = run("verify", "out", "--quiet")
     assert code == 1
     assert all(line.startswith("fault: ") for line in said.splitlines())

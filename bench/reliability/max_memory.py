@@ -21,6 +21,7 @@ import yaml
 
 from mergekit.checkpoint.header import build_header
 from mergekit.dtypes import BF16
+from mergekit.options import parse_kmb
 
 RESULTS = Path(__file__).parents[1] / "results" / "max_memory.md"
 METHODS = {"linear": {}, "slerp": {"t": 0.4}, "ties": {"density": 0.5}, "dare_ties": {"density": 0.5}, "sce": {}}
@@ -63,6 +64,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mergekit-memory")
     args = parser.parse_args()
     subprocess.run([sys.executable, "-m", "mergekit", "warmup"], check=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    args.folder = Path(tempfile.mkdtemp(dir=args.folder))
     folders = [args.folder / name for name in ("base", "one", "two")]
     for seed, folder in enumerate(folders):
         write_model(folder, args.columns, seed)
@@ -75,7 +78,7 @@ def main() -> None:
         "| method | peak MB | smallest limit that is accepted |",
         "|---|---|---|",
     ]
-    limit = int(re.sub(r"\D", "", args.limit)) * 1_000_000
+    limit = parse_kmb(args.limit)
     worst = 0
     for method, parameters in METHODS.items():
         recipe = args.folder / f"{method}.yml"

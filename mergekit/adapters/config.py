@@ -197,6 +197,7 @@ def _pattern(path: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
         try:
             is_sound = len(name) <= 500 and not _GROUP_REPEATED.search(name) and sum(map(name.count, "*+{?")) <= 3
             if is_sound:
+                re.compile(name)  # by itself, too: it may not close our bracket
                 _compiled(name)
         except (re.error, RecursionError, OverflowError):
             is_sound = False

@@ -55,8 +55,8 @@ def admit(plan: Plan, options: RunOptions) -> RunOptions:
             return options if threads == wanted else replace(options, threads=threads)
     if options.max_memory is not None:
         raise UsageError(
-            f"--max-memory {_size(limit)}: this merge needs {_size(needed)} even with one thread; allow as much, or "
-            f"take a method that streams"
+            f"--max-memory {limit:,} bytes: this merge needs {_size(needed)} even with one thread; allow as much"
+            f"{', or take a method that streams' if needed > 2 * _LIBRARIES else ''}"
         )
     raise UsageError(
         f"this merge needs about {_size(needed)} of memory even with one thread, and this machine has {_size(limit)}; "

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit.api.limits import admit
 from mergekit.api.merge import plan as plan_merge
 from mergekit.api.options import RunOptions
 from mergekit.api.run import kernels_for, weighted
@@ -131,9 +132,11 @@ def _compare(
 ) -> None:
     from mergekit.execute import run_threads
 
+    options = admit(plan, options)
     sink, kernels = Checksums(), kernels_for(plan, None)
     ready = weighted(plan.with_prepared(folder), folder, kernels, options)
-    run_threads(ready, sink, kernels=kernels, threads=options.threads, advance=advance)
+    threads = options.threads if plan.device == "cpu" else 1
+    run_threads(ready, sink, kernels=kernels, threads=threads, advance=advance)
     other = [name for name, value in sink.found.items() if f"{value:016x}" != manifest.tensors[name].checksum]
     result.faults += _told(other, len(sink.found), "tensors")
     documents = _documents(plan)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,8 @@ def check_writable(folder: Path, options: RunOptions) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give a folder for the output")
     if publishing(folder / STAGING / "journal") == "no":
+        with suppress(OSError):
+            (folder / STAGING).rmdir()  # if it is empty: a run was killed at its very end
         refuse_replacing(folder, overwrite=options.overwrite)
 
 

@@ -60,7 +60,7 @@ def verify_model(
     threads: int | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> Verification:
-    """Check the model in ``folder``; every byte of its weights is read once.
+    """Check the model in ``folder``; every byte of its weights is read (again for ``sha256`` and ``load``).
 
     Headers, sizes and index agree, all values are finite, config.json and the tokenizer fit the embeddings, and what
     merge_manifest.json says is so. ``load``: transformers loads it and it continues a text (``trust_remote_code``: also
@@ -68,7 +68,7 @@ def verify_model(
     is no model, CheckpointError if one can't be read at all.
     """
     from mergekit.checkpoint import open_checkpoint
-    from mergekit.output import STAGING, read_manifest
+    from mergekit.output import STAGING, holds_weights, read_manifest
 
     result = Verification()
     checkpoint = open_checkpoint(folder)
@@ -77,6 +77,10 @@ def verify_model(
         result.faults.append(f"{STAGING} holds the work of a merge that did not end; run its command again")
     _check_tensors(checkpoint, manifest, result, threads, advance)
     _check_config(checkpoint, result)
+    known = {file.name for file in checkpoint.files}
+    stray = [name for name in holds_weights(folder) if not name.endswith(".index.json") and name not in known]
+    if stray:
+        result.faults.append(f"weights that are no part of it, which other programs may load instead: {_some(stray)}")
     if manifest is not None:
         _check_files(folder, manifest, result)
     if sha256:
@@ -109,7 +113,9 @@ def _check_tensors(
     else:
         result.lines.append("all values are finite")
     if manifest is None:
-        result.lines.append(f"no {MANIFEST}: not written by this program, so there are no checksums to compare")
+        result.lines.append(
+            f"no {MANIFEST} (--no-write-model-card leaves it out, as others do): there are no checksums to compare"
+        )
         return
     found = {output.name: TensorRecord.of(output, sink.found[output.name]) for output in plan.outputs}
     wanted = manifest.tensors
@@ -161,7 +167,8 @@ def _check_config(checkpoint: Checkpoint, result: Verification) -> None:
     said = layer_count(checkpoint.config)
     if said is not None and infer_layout(checkpoint.tensors, checkpoint.config).main is None:
         faults.append(f"config.json says {said} layers, but no stack of layers in the weights has as many")
-    result.faults += faults
+    # Some families mean it so: rows for images, layers that share their weights. Loading would tell.
+    result.lines += [f"note: {fault}" for fault in faults]
     if not faults:
         result.lines.append("config.json and the tokenizer fit the weights")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path}: too large for a JSON file of a model")
-        record = parse_json(path.read_bytes())
+        record = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:

@@ -13,6 +13,7 @@ _MOST_CONTAINERS, _MOST_ENTRIES = 2_000_000, 5_000_000
 """A tokenizer of 250,000 tokens with its merges has a third of that, a header of 200,000 tensors half."""
 _DEEPEST = 100
 _WALKED = 1 << 22
+"""Bytes up to which the depth is looked at. Larger files are tokenizers and indices, of which two levels are used."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a character beyond the first 65,536: without the other half it can't be written again."""
 

@@ -41,15 +41,18 @@ def _load_state(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Any], boo
     import torch
 
     mapped = _is_archive(path)
-    if _has_bomb(path, mapped):
-        raise CheckpointError(
-            f"{path}: its objects contain each other so often that no memory holds them; the file is damaged or hostile"
-        )
     try:
+        if _has_bomb(path, mapped):
+            raise CheckpointError(
+                f"{path}: its objects contain each other so often that no memory holds them; the file is damaged or "
+                f"hostile"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about pickles of other versions: a fault is raised anyway
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # the unpickler raises many types; each means that the file can't be trusted
+    except CheckpointError:
+        raise
+    except Exception as error:  # archives and the unpickler raise many types: it can't be trusted
         raise CheckpointError(f"{path}: {_reason(path, str(error))}") from None
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -37,7 +37,7 @@ def verify(
 ) -> None:
     """Check the model in FOLDER: files, values, config and tokenizer, and what merge_manifest.json says.
 
-    Ends with 0 if the model is sound, with 1 if it is not.
+    Ends with 0 if the model is sound, with 1 if it is not, with 1 or 2 and an error if it can't be read at all.
     """
     from mergekit.api.verify import verify_model
     from mergekit.checkpoint import open_checkpoint
@@ -74,8 +74,9 @@ def reproduce(
 ) -> None:
     """Merge again what the model in FOLDER was made from, and compare it with merge_manifest.json.
 
-    The recipe is the one in FOLDER; its models are looked for from the current folder. Nothing is written. Ends with 0
-    if every tensor comes out the same, with 1 if not.
+    The recipe is the one in FOLDER; its models are looked for from the current folder, and a method of your own comes
+    with --method-file as it did then. Nothing is written. Ends with 0 if every tensor comes out the same, with 1 if
+    not.
     """
     from mergekit.api import RunOptions
     from mergekit.api.reproduce import reproduce_model
@@ -97,7 +98,7 @@ def reproduce(
             on_plan=on_plan,
             advance=lambda nbytes: bars[0](nbytes),
         )
-    _conclude(ctx, result, quiet, f"{folder} is what its recipe gives")
+    _conclude(ctx, result, quiet, f"the recipe of {folder} gives what its manifest says (verify compares the files)")
 
 
 def _conclude(ctx: click.Context, result: Any, quiet: bool, verdict: str) -> None:

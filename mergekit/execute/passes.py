@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from mergekit.errors import UsageError
 from mergekit.kernels import fused
 from mergekit.kernels.elementwise import ALL
 from mergekit.kernels.fused import Fused
-from mergekit.kernels.trace import UntraceableError
+from mergekit.kernels.trace import UntraceableError, record
 from mergekit.methods import Elementwise, Method, get_method
 from mergekit.planning.plan import Apply
 
@@ -162,17 +163,14 @@ class _FusedPasses:
         assert isinstance(form, Elementwise)
         self._chunks, self._method, self._fuse = chunks, method, chunks.kernels.fuse
         self._count, parameters = len(chunks.codes) - (chunks.base >= 0), chunks.parameters
-        self._key: Fused | None = self._fuse(form.key, self._count, **parameters) if form.key else None
+        self._key: Fused | None = self._fuse(form.key, self._count, (), parameters) if form.key else None
         self._terms: Fused | None = (
-            self._fuse(form.measure, self._count, sums=True, **parameters) if form.measure else None
+            self._fuse(form.measure, self._count, (), parameters, sums=True) if form.measure else None
         )
         # Whether the function can be compiled is told before the sums are known: they are numbers, whatever they are.
-        self._function = self._fused_function((np.arange(1.0, self._terms.results + 1),) if self._terms else ())
+        sums = (np.arange(1.0, self._terms.results + 1),) if self._terms else ()
+        self._function: Fused = self._fuse(method.function, self._count, sums, parameters)
         self._inputs = (chunks.codes, chunks.base)
-
-    def _fused_function(self, extra: tuple[Any, ...]) -> Fused:
-        made: Fused = self._fuse(self._method.function, self._count, *extra, **self._chunks.parameters)
-        return made
 
     def count_upper(self, rows: np.ndarray, count: int, totals: np.ndarray) -> int:
         key = self._key
@@ -207,8 +205,12 @@ class _FusedPasses:
         return int(left), bool(finite)
 
     def measured(self, sums: np.ndarray) -> Passes:
+        # Where sums decide what the function does, each tensor would be compiled anew.
         try:
-            self._function = self._fused_function((sums,))
-            return self
+            trace = record(self._method.function, self._count, (sums,), self._chunks.parameters)
         except UntraceableError:
             return self._chunks.measured(sums)
+        if trace.program != self._function.program:
+            return self._chunks.measured(sums)
+        self._function = replace(self._function, scalars=trace.scalars)
+        return self

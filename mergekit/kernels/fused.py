@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numba
@@ -25,7 +25,7 @@ from mergekit.kernels.codec import BLOCK, encode
 from mergekit.kernels.elementwise import ALL, mark_largest, tally_lower, tally_upper
 from mergekit.kernels.jit import kernel, reassociating_kernel
 from mergekit.kernels.span import load_vectors
-from mergekit.kernels.trace import Program, UntraceableError, record
+from mergekit.kernels.trace import Program, record
 
 __all__ = ["Fused", "fuse", "lower_pass", "merge_pass", "sums_pass", "upper_pass"]
 
@@ -61,11 +61,7 @@ _CODE = {
 }
 """Each operation of a program, on single numbers. Of numpy's results on NaN they keep which are NaN."""
 
-_MOST_PROGRAMS = 8
-"""Of one function for one number of arrays: where numbers decide what it does, each tensor would be compiled anew."""
-
 _compiled: dict[Program, Any] = {}
-_made: Counter[Any] = Counter()
 _lock = threading.Lock()
 
 
@@ -75,23 +71,32 @@ class Fused:
 
     address: int
     scalars: np.ndarray
-    results: int
+    program: Program
+
+    @property
+    def results(self) -> int:
+        """How many numbers it gives for an element."""
+        return len(self.program.results)
 
 
-def fuse(function: Callable[..., Any], arrays: int, *extra: Any, sums: bool = False, **parameters: Any) -> Fused:
+def fuse(
+    function: Callable[..., Any],
+    arrays: int,
+    extra: tuple[Any, ...] = (),
+    parameters: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    sums: bool = False,
+) -> Fused:
     """Compile what ``function(xp, x, *extra, **parameters)`` does to each element of ``arrays`` float32 arrays.
 
     See ``trace.record``. Raises UntraceableError if that can't be told. A program that was compiled before, by any run
     on this machine, is not compiled again.
     """
-    trace = record(function, arrays, *extra, sums=sums, **parameters)
+    trace = record(function, arrays, extra, parameters, sums=sums)
     with _lock:
         if trace.program not in _compiled:
-            if _made[function, arrays] >= _MOST_PROGRAMS:
-                raise UntraceableError("it does something else for each tensor")
-            _made[function, arrays] += 1
             _compiled[trace.program] = _compile(trace.program)
-        return Fused(_compiled[trace.program].address, trace.scalars, len(trace.program.results))
+        return Fused(_compiled[trace.program].address, trace.scalars, trace.program)
 
 
 def _compile(program: Program) -> Any:

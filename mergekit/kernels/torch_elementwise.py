@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,13 @@ class ElementwiseKernels(TorchBlocks):
         return torch
 
     def fuse(
-        self, function: Callable[..., Any], arrays: int, *extra: Any, sums: bool = False, **parameters: Any
+        self,
+        function: Callable[..., Any],
+        arrays: int,
+        extra: tuple[Any, ...] = (),
+        parameters: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        sums: bool = False,
     ) -> Any:
         """See ``fused.fuse``: raises UntraceableError, since functions are called with tensors here."""
         raise UntraceableError("torch computes with tensors")

@@ -9,8 +9,9 @@ then called with arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,14 @@ class Trace:
     scalars: np.ndarray
 
 
-def record(function: Callable[..., Any], arrays: int, *extra: Any, sums: bool = False, **parameters: Any) -> Trace:
+def record(
+    function: Callable[..., Any],
+    arrays: int,
+    extra: tuple[Any, ...] = (),
+    parameters: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    sums: bool = False,
+) -> Trace:
     """What ``function(xp, x, *extra, **parameters)`` does to ``arrays`` float32 arrays ``x``.
 
     ``sums``: the function returns an array of sums, and the program's results are their terms; otherwise it has one

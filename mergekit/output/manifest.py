@@ -118,7 +118,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     record = read_json(path)
     if record.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: its format is {record.get('format')!r:.40}; this version of mergekit reads 1")
+        raise CheckpointError(
+            f"{path}: its format is {record.get('format')!r:.40}, this mergekit reads {_FORMAT}; update it"
+        )
     try:
         manifest = Manifest(
             version=_is(str, record["mergekit"]),
@@ -133,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             tensors={name: _tensor(_is(list, entry)) for name, entry in _is(dict, record["tensors"]).items()},
         )
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a manifest of mergekit ({error!s:.80})") from None
+        raise CheckpointError(f"{path}: not a manifest of mergekit ({error!s:.80}); make the model again") from None
     for name in [manifest.recipe_name, *manifest.files]:
         if Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name:
             raise CheckpointError(f"{path}: {name!r:.80} is not the name of a file beside it")

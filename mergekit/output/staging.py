@@ -220,7 +220,7 @@ class Staging:
             if replaced and not self._overwrite:
                 self.notes.append(f"replaced what {self.out} held as {', '.join(replaced)}")
             # From here on the folder may hold parts of this result: the next run may replace them unasked.
-            self.journal.begin_publishing(documents[-1][0])
+            self.journal.begin_publishing(documents[-1][0] if documents else self._plan.shards[-1].name)
             _remove_old_model(self.out)
             for shard in self._plan.shards:
                 os.replace(self.folder / shard.name, self.out / shard.name)
