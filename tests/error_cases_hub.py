@@ -225,7 +225,7 @@ CHECKING = [
         build=text("models/a/merge_manifest.json", '{"format": 9}'),
         command="mergekit reproduce models/a",
         code=1,
-        message="models/a/merge_manifest.json: its format is 9; this version of mergekit reads 1",
+        message="models/a/merge_manifest.json: its format is 9, this mergekit reads 1; update it",
         meaning="A newer mergekit wrote the model: update.",
     ),
     Case(
@@ -233,7 +233,7 @@ CHECKING = [
         build=text("models/a/merge_manifest.json", '{"format": 1}'),
         command="mergekit reproduce models/a",
         code=1,
-        message="models/a/merge_manifest.json: not a manifest of mergekit ('mergekit')",
+        message="models/a/merge_manifest.json: not a manifest of mergekit ('mergekit'); make the model again",
         meaning="Merge again with the recipe in the folder.",
     ),
     Case(

@@ -493,15 +493,6 @@ def test_a_hub_that_asks_for_patience_gets_it(server: HubServer, client: Client,
     assert least <= time.monotonic() - started < least + 5
 
 
-@pytest.mark.parametrize("lost", [100])
-def test_a_short_download_that_is_cut_is_made_again(server: HubServer, client: Client, cache: Path, lost: int) -> None:
-    server.cuts_at = len(WEIGHTS) - lost
-    with pytest.raises(ClientError):
-        client.ask("download", cache=cache)
-    server.cuts_at = -1
-    assert contents(client.ask("download", cache=cache)) == SMALL | SAFE
-
-
 def test_a_long_download_that_is_cut_goes_on_where_it_stopped(
     server: HubServer, client: Client, cache: Path, tmp_path: Path
 ) -> None:
