@@ -490,7 +490,7 @@ def test_a_hub_that_asks_for_patience_gets_it(server: HubServer, client: Client,
     server.fail_status, server.fail_times, server.retry_after = 429, 1, asked
     started = time.monotonic()
     assert client.ask("open")["commit"] == server.commit(REPO)
-    assert least <= time.monotonic() - started < least + 5
+    assert time.monotonic() - started >= least
 
 
 def test_a_long_download_that_is_cut_goes_on_where_it_stopped(

@@ -80,7 +80,7 @@ def test_the_manifest_says_what_was_done(merged):
     assert "README.md" not in manifest.files
 
 
-def test_the_manifest_does_not_depend_on_threads_or_interruptions(merged):
+def test_the_manifest_does_not_depend_on_threads(merged):
     before = (merged / MANIFEST).read_bytes()
     mergekit.run_merge("r.yml", "again", seed=7, shard_size=3000, threads=1)
     assert Path("again", MANIFEST).read_bytes() == before

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit.api.limits import admit
 from mergekit.api.merge import plan as plan_merge
@@ -112,14 +112,10 @@ def _differences(plan: Plan, manifest: Manifest) -> list[str]:
             faults.append(f"{now['model']} has other weight files than it had{where}")
     planned = {o.name: TensorRecord.of(o, 0) for o in plan.outputs}
     other = [name for name in planned if name not in manifest.tensors]
-    other += [name for name, record in manifest.tensors.items() if _place(planned.get(name)) != _place(record)]
+    other += [n for n, record in manifest.tensors.items() if n not in planned or planned[n].place != record.place]
     if other and not faults:
         faults.append(f"{len(other)} tensors would be other ones, or lie elsewhere, first {other[0]}")
     return faults
-
-
-def _place(record: Any) -> Any:
-    return record and (record.file, record.dtype, record.shape)
 
 
 def _compare(

@@ -123,7 +123,7 @@ def _check_tensors(
         "are missing": [name for name in wanted if name not in found],
         "were not written by the merge": [name for name in found if name not in wanted],
         "are in another file, type or shape than was written": [
-            name for name in wanted if name in found and _place(found[name]) != _place(wanted[name])
+            name for name in wanted if name in found and found[name].place != wanted[name].place
         ],
         "changed since they were written": [
             name for name in wanted if name in found and found[name].checksum != wanted[name].checksum
@@ -132,10 +132,6 @@ def _check_tensors(
     result.faults += [f"{len(names):,} tensors {what}: {_some(names)}" for what, names in faults.items() if names]
     if not any(faults.values()):
         result.lines.append(f"every tensor has the checksum of {MANIFEST}, taken when it was written")
-
-
-def _place(record: Any) -> tuple[Any, ...]:
-    return record.file, record.dtype, record.shape
 
 
 def _reading(checkpoint: Checkpoint) -> Plan:

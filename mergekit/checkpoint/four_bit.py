@@ -8,7 +8,6 @@ that.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit.checkpoint.header import TensorInfo
+from mergekit.checkpoint.json_text import parse_json
 from mergekit.dtypes import DType, recipe_dtype
 from mergekit.errors import CheckpointError
 
@@ -116,8 +116,8 @@ def _packed(where: str, name: str, state: str, raw: bytes, tensors: Mapping[str,
 
 def _record(where: str, raw: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError):
+        record = parse_json(raw)
+    except ValueError:
         record = None
     if not isinstance(record, dict):
         raise CheckpointError(f"{where} has a description that is no JSON object; {_DAMAGED}")

@@ -42,6 +42,11 @@ class TensorRecord:
     shape: tuple[int, ...]
     checksum: str
 
+    @property
+    def place(self) -> tuple[str, str, tuple[int, ...]]:
+        """Its file, type and shape: all but what it holds."""
+        return self.file, self.dtype, self.shape
+
     @classmethod
     def of(cls, output: OutputTensor, checksum: int) -> TensorRecord:
         """The record of a planned tensor whose bytes have this checksum."""
