@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke lint types format bench matrix docs clean
+.PHONY: help setup demo test smoke hostile lint types format bench matrix docs clean
 
 help: ## list the recipes
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: $(READY) lint types ## lint, types and all tests
 
 smoke: $(READY) ## one tiny merge end to end, in seconds
 	$(BIN)/python -m pytest tests/test_smoke.py
+
+hostile: $(READY) ## every file of the hostile corpus; `make test` takes a third
+	MERGEKIT_WHOLE_CORPUS=1 $(BIN)/python -m pytest tests/test_hostile_corpus.py
 
 lint: $(READY) ## style and format
 	$(BIN)/ruff check .

@@ -2,6 +2,9 @@
 
 Each ends with exit code 1 or 2 and an ``error: ...`` (a few are harmless and merged), soon, in little memory; nothing
 is run, nothing appears outside of the output folder, no input changes, and no control character is printed.
+
+Every third committed file and all that are built by default, to keep ``make test`` short; ``make hostile``, which
+continuous integration calls too, takes all.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from command import warm_up
 from hostile import sandbox
 from hostile.stage import CORPUS, Case, cases
 
-CASES = list(cases())
+ALL = list(cases())
+WHOLE = os.environ.get("MERGEKIT_WHOLE_CORPUS") == "1"
+CASES = ALL if WHOLE else [case for number, case in enumerate(ALL) if number % 3 == 0 or "/built-" in case.id]
 HARMLESS = frozenset(
     line for line in (CORPUS / "harmless.txt").read_text().splitlines() if line and not line.startswith("#")
 )
@@ -63,10 +68,10 @@ def test_the_corpus_is_small_and_large_enough():
     files = [path for folder in CORPUS.iterdir() if folder.is_dir() for path in folder.iterdir() if path.is_file()]
     files = [path for path in files if "__pycache__" not in str(path)]
     assert len(CASES) >= 150
-    assert len({case.id for case in CASES}) == len(CASES)
+    assert len({case.id for case in ALL}) == len(ALL)
     assert max(path.stat().st_size for path in files) < 4096
     assert sum(path.stat().st_size for path in files) < 300_000
-    assert {case.id for case in CASES} >= HARMLESS
+    assert {case.id for case in ALL} >= HARMLESS
 
 
 def test_the_sandbox_sees_what_it_looks_for():

@@ -492,7 +492,7 @@ def test_the_same_bytes_whatever_the_hash_seed_and_threads(tmp_path):
     three("byte_bpe")
     Path("r.yml").write_text(yaml.safe_dump(recipe(["a", "b", "c"], tokenizer_source="union")))
     found = set()
-    for seed in range(10):
+    for seed in range(4):
         out = f"out-{seed}"
         command = [sys.executable, "-m", "mergekit", "merge", "r.yml", out, "--quiet", "-j", str(1 + seed % 3)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": str(seed)})
