@@ -19,7 +19,7 @@ Low levels raise facts (tensor, file); the command line prints ``str(error)`` an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "RunError",
     "UsageError",
     "nearest",
+    "some_of",
 ]
 
 
@@ -117,3 +118,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if match:
         return f"Did you mean '{match[0]}'?"
     return f"Valid: {', '.join(names)}."
+
+
+def some_of(names: Sequence[str], most: int = 3, what: str = "") -> str:
+    """The first ``most`` names, and how many more there are (``what`` they are).
+
+    >>> some_of(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    more = f" and {len(names) - most:,} more{what and ' '}{what}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -107,8 +107,8 @@ class ArraySink:
     def finish(self, output: OutputTensor, checksum: int, figures: object) -> None:
         assert checksum == cpu.checksum(self.data, 0)
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+    def note(self, tensor: str, text: str) -> None:
+        self.notes.append(f"{tensor} {text}")
 
 
 def merge_sparse(

@@ -39,6 +39,7 @@ import command
 import mergekit
 from dense import load, logits
 from mergekit import api, execute
+from mergekit.api.verify import verify_model
 from mergekit.errors import MergekitError
 from mergekit.execute import work
 from mergekit.families.config import layer_count
@@ -127,8 +128,10 @@ def check_output(case: Case, plan: Any, out: Path) -> None:
     files = {*found.values(), *(name for _, name in plan.files), *(name for name, _ in plan.texts), "config.json"}
     files |= {"README.md", plan.recipe_name} if case.options.get("write_model_card", True) else set()
     extra = {p.name for p in out.iterdir()} ^ (files | ({index.name} if plan.index else set()))
-    may = {"merge_manifest.json", *["merge_stats.json"] * plan.statistics, *["routing.json"] * bool(plan.mixture)}
-    assert extra <= may, f"files too many or missing: {extra}"
+    written = {"merge_manifest.json"} if case.options.get("write_model_card", True) else set()
+    may = {*written, *["merge_stats.json"] * plan.statistics, *["routing.json"] * bool(plan.mixture)}
+    assert written <= extra <= may, f"files too many or missing: {extra}"
+    assert not (faults := verify_model(out).faults), f"verify: {faults}"
     layers = layer_count(json.loads((out / "config.json").read_text()))
     assert case.depth is None or layers in (case.depth, None), f"{layers} layers, not {case.depth}"
     wanted = case.recipe.get("out_dtype") or case.recipe.get("dtype")

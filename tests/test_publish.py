@@ -283,3 +283,17 @@ def test_killed_at_every_step_of_cleaning_up(tmp_path, recipe):
         assert files(out) == wanted
         steps += 1
     assert steps >= 1
+
+
+def test_replacing_a_model_leaves_none_of_its_small_files(tmp_path, recipe):
+    """A tokenizer of the old model beside the new one would be loaded with it; what people changed or added stays."""
+    for model in recipe["models"]:
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            (Path(model["model"]) / name).write_text("{}")
+    out = mergekit.run_merge(recipe, tmp_path / "out")
+    (out / "chat_template.jinja").write_text("mine")
+    (out / "LICENSE").write_text("mine, too")
+    mergekit.run_merge(recipe, out, overwrite=True, copy_tokenizer=False)
+    assert not (out / "tokenizer_config.json").exists()
+    assert (out / "chat_template.jinja").read_text() == "mine"
+    assert (out / "LICENSE").read_text() == "mine, too"

@@ -59,7 +59,7 @@ class _File:
     def finish(self, output: OutputTensor, checksum: int, figures: Mapping[str, Any] | None) -> None:
         """Nothing to record: an unfinished file is written again."""
 
-    def note(self, text: str) -> None:
+    def note(self, tensor: str, text: str) -> None:
         """Said again when the output's tensors are made of these."""
 
 

@@ -13,7 +13,7 @@ from mergekit.api.merge import plan as plan_merge
 from mergekit.api.options import RunOptions
 from mergekit.api.run import kernels_for, weighted
 from mergekit.api.verify import Checksums, Verification
-from mergekit.errors import CheckpointError, ModelNotFoundError, UsageError
+from mergekit.errors import CheckpointError, ModelNotFoundError, UsageError, some_of
 from mergekit.version import __version__
 
 if TYPE_CHECKING:
@@ -152,5 +152,4 @@ def _documents(plan: Plan) -> Mapping[str, str]:
 
 
 def _told(names: Sequence[str], count: int, what: str) -> list[str]:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return [f"{len(names):,} of {count:,} {what} come out different: {', '.join(names[:3])}{more}"] if names else []
+    return [f"{len(names):,} of {count:,} {what} come out different: {some_of(names)}"] if names else []

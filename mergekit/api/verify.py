@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit.api.loading import first_line, load_model, silent_transformers
-from mergekit.errors import RunError
+from mergekit.errors import RunError, some_of
 
 if TYPE_CHECKING:
     from mergekit.checkpoint import Checkpoint
@@ -30,11 +30,11 @@ class Verification:
 
 
 class Checksums:
-    """A sink that keeps nothing but the checksums of tensors, and what was noted about them."""
+    """A sink that keeps nothing but the checksums of tensors, and which of them hold NaN or infinity."""
 
     def __init__(self) -> None:
         self.found: dict[str, int] = {}
-        self.notes: list[str] = []
+        self.nonfinite: list[str] = []
         self._lock = threading.Lock()
 
     def write(self, output: OutputTensor, start: int, data: np.ndarray) -> None:
@@ -45,10 +45,10 @@ class Checksums:
         with self._lock:
             self.found[output.name] = checksum
 
-    def note(self, text: str) -> None:
-        """Keep a remark."""
+    def note(self, tensor: str, text: str) -> None:
+        """Keep its name: what is noted while copying is that a tensor is not finite."""
         with self._lock:
-            self.notes.append(text)
+            self.nonfinite.append(tensor)
 
 
 def verify_model(
@@ -80,7 +80,7 @@ def verify_model(
     known = {file.name for file in checkpoint.files}
     stray = [name for name in holds_weights(folder) if not name.endswith(".index.json") and name not in known]
     if stray:
-        result.faults.append(f"weights that are no part of it, which other programs may load instead: {_some(stray)}")
+        result.faults.append(f"weights that are no part of it, which other programs may load instead: {some_of(stray)}")
     if manifest is not None:
         _check_files(folder, manifest, result)
     if sha256:
@@ -107,9 +107,9 @@ def _check_tensors(
         f"{len(plan.outputs):,} tensors, {checkpoint.nbytes():,} bytes in {len(checkpoint.files)} files: headers, "
         f"sizes and index agree"
     )
-    bad = sorted(note.partition(" is a copy of ")[0] for note in sink.notes)
+    bad = sorted(sink.nonfinite)
     if bad:
-        result.faults.append(f"{len(bad)} tensors hold NaN or infinity: {_some(bad)}")
+        result.faults.append(f"{len(bad)} tensors hold NaN or infinity: {some_of(bad)}")
     else:
         result.lines.append("all values are finite")
     if manifest is None:
@@ -129,7 +129,7 @@ def _check_tensors(
             name for name in wanted if name in found and found[name].checksum != wanted[name].checksum
         ],
     }
-    result.faults += [f"{len(names):,} tensors {what}: {_some(names)}" for what, names in faults.items() if names]
+    result.faults += [f"{len(names):,} tensors {what}: {some_of(names)}" for what, names in faults.items() if names]
     if not any(faults.values()):
         result.lines.append(f"every tensor has the checksum of {MANIFEST}, taken when it was written")
 
@@ -177,7 +177,7 @@ def _check_files(folder: Path, manifest: Manifest, result: Verification) -> None
     changed = [n for n, digest in manifest.files.items() if n not in missing and sha256(folder / n) != digest]
     for names, what in ((missing, "are missing"), (changed, "changed since the merge")):
         if names:
-            result.faults.append(f"{len(names)} files {what}: {_some(names)}")
+            result.faults.append(f"{len(names)} files {what}: {some_of(names)}")
     if not missing and not changed:
         result.lines.append(f"{len(manifest.files)} small files are as they were written")
 
@@ -209,8 +209,3 @@ def _check_loading(folder: Path, checkpoint: Checkpoint, result: Verification, t
         f"transformers {transformers.__version__} loads it as {type(model).__name__}, and it generates: token ids "
         f"{more[0, 8:].tolist()}"
     )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

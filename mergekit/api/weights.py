@@ -69,7 +69,7 @@ class _Memory:
     def finish(self, output: OutputTensor, checksum: int, figures: Mapping[str, Any] | None) -> None:
         """Nothing to record."""
 
-    def note(self, text: str) -> None:
+    def note(self, tensor: str, text: str) -> None:
         """The run that writes the tensor says it."""
 
 

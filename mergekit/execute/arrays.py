@@ -116,5 +116,5 @@ class ArraySink:
     def finish(self, output: OutputTensor, checksum: int, figures: Mapping[str, Any] | None) -> None:
         """Nothing to record."""
 
-    def note(self, text: str) -> None:
+    def note(self, tensor: str, text: str) -> None:
         """NaN and infinity are there to be seen in the result."""

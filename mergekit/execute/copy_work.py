@@ -32,7 +32,7 @@ class CopyWork(Work):
     def reduce(self, phase: int) -> None:
         super().reduce(phase)
         if not self._finite:
-            self.sink.note(f"{self.output.name} is a copy of a tensor that holds NaN or infinity")
+            self.sink.note(self.output.name, "is a copy of a tensor that holds NaN or infinity")
 
 
 class IdenticalWork(Work):

@@ -112,7 +112,7 @@ class FloatWork(Work):
         self._nonfinite[index] += self.kernels.count_nonfinite(out, self.out_code, count)
         if not self._noted:
             self._noted = True
-            self.sink.note(f"{self.output.name} came out with NaN or infinity (--allow-nonfinite)")
+            self.sink.note(self.output.name, "came out with NaN or infinity (--allow-nonfinite)")
 
 
 def guard(apply: Apply, job: Job) -> Method:

@@ -39,8 +39,8 @@ class Sink(Protocol):
         """All bytes of a tensor are written; ``figures`` are its statistics. Called by any thread."""
         ...
 
-    def note(self, text: str) -> None:
-        """Something to tell the user at the end."""
+    def note(self, tensor: str, text: str) -> None:
+        """Something about ``tensor`` to tell the user at the end; the text goes on after its name."""
         ...
 
 

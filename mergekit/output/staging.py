@@ -20,6 +20,7 @@ import numpy as np
 
 from mergekit.checkpoint.positional import write_at
 from mergekit.errors import (
+    CheckpointError,
     DiskSpaceError,
     InputChangedError,
     NonFiniteError,
@@ -27,7 +28,7 @@ from mergekit.errors import (
     UsageError,
 )
 from mergekit.output.journal import Entry, Journal, publishing
-from mergekit.output.manifest import MANIFEST
+from mergekit.output.manifest import MANIFEST, read_manifest, sha256
 from mergekit.output.stats import STATS
 from mergekit.planning.plan import OutputTensor, Plan
 
@@ -151,10 +152,10 @@ class Staging:
             if self._uncommitted >= _COMMIT_BYTES:
                 self._wake.notify()
 
-    def note(self, text: str) -> None:
+    def note(self, tensor: str, text: str) -> None:
         """Keep a remark for the end of the run."""
         with self._lock:
-            self.notes.append(text)
+            self.notes.append(f"{tensor} {text}")
 
     # Commits
 
@@ -210,7 +211,7 @@ class Staging:
 
         Comes after ``settle``. Each document is (name, text) or (name, path of a file to copy). Whatever is last
         (config.json) makes the folder a model. Files of a model that stood here before are removed first, its
-        config.json before all others.
+        config.json before all others; of its small files those that its manifest lists and nobody changed.
         """
         try:
             self._close_files()
@@ -354,10 +355,23 @@ def refuse_replacing(folder: Path, *, overwrite: bool) -> None:
 
 def _remove_old_model(folder: Path) -> None:
     (folder / "config.json").unlink(missing_ok=True)
-    for name in _OURS:
+    for name in [*_small_files(folder), *_OURS]:  # in this order: the manifest knows the others
         (folder / name).unlink(missing_ok=True)
     for name in sorted(holds_weights(folder), key=lambda n: not n.endswith(".index.json")):
         (folder / name).unlink(missing_ok=True)
+
+
+def _small_files(folder: Path) -> list[str]:
+    """What an earlier merge wrote into ``folder`` beside the weights and nobody changed: a tokenizer, say."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        manifest = None
+    if manifest is None:
+        return []
+    return [
+        name for name, digest in manifest.files.items() if (folder / name).is_file() and sha256(folder / name) == digest
+    ]
 
 
 def _write_fault(error: OSError, folder: Path) -> RunError:

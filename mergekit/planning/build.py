@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.dtypes import recipe_dtype
-from mergekit.errors import IncompatibleError
+from mergekit.errors import IncompatibleError, some_of
 from mergekit.methods import source_digest
 from mergekit.planning.agree import disagreements
 from mergekit.planning.document import make_config
@@ -153,8 +153,4 @@ def _left_out_warning(models: Models, left_out: Sequence[tuple[int, str, str]]) 
         if "slice" not in reason and not reason.startswith("a buffer"):
             found.setdefault((source, reason), []).append(name)
     shorts = [source.short for source in sources_of(models)]
-    return [
-        f"left out of {shorts[source]} ({reason}): {', '.join(names[:3])}"
-        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for (source, reason), names in found.items()
-    ]
+    return [f"left out of {shorts[source]} ({reason}): {some_of(names)}" for (source, reason), names in found.items()]

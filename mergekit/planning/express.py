@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit.checkpoint import TensorInfo
 from mergekit.dtypes import DType, promote, recipe_dtype
-from mergekit.errors import IncompatibleError
+from mergekit.errors import IncompatibleError, some_of
 from mergekit.families.config import vocab_size
 from mergekit.families.layout import is_embedding, is_head, is_per_token
 from mergekit.methods import Flag, Method, ParameterError, get_method
@@ -286,10 +286,7 @@ class Expresser:
 
     def all_warnings(self) -> list[str]:
         """The warnings, each with the tensors that it concerns (named up to three)."""
-        return [
-            f"{text}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for text, names in self.warnings.items()
-        ]
+        return [f"{text}: {some_of(names)}" for text, names in self.warnings.items()]
 
 
 def _filter_name(slot: Slot, contribution: Contribution) -> str:

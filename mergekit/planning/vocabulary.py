@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mergekit.checkpoint import TensorInfo
-from mergekit.errors import IncompatibleError, MergekitError, RecipeError, nearest
+from mergekit.errors import IncompatibleError, MergekitError, RecipeError, nearest, some_of
 from mergekit.families.config import vocab_size
 from mergekit.planning.leaf import leaf_of
 from mergekit.planning.models import Models
@@ -151,8 +151,7 @@ def _leaf(reads: Sequence[Leaf], infos: Sequence[TensorInfo], i: int, table: np.
 
 
 def _listed(tokens: Sequence[str]) -> str:
-    more = f" and {len(tokens) - _NAMED:,} more tokens" if len(tokens) > _NAMED else ""
-    return ", ".join(map(repr, tokens[:_NAMED])) + more
+    return some_of(list(map(repr, tokens)), _NAMED, "tokens")
 
 
 def align_vocabularies(recipe: Recipe, models: Models) -> Alignment | None:
