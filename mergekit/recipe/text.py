@@ -16,6 +16,8 @@ __all__ = ["ConfigYamlDumper", "RecipeText", "dump_yaml", "read_recipe_text", "t
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_DEPTH = 32
 _MAX_NODES = 100_000
+_MAX_BITS = 1024
+"""More than any number that a recipe can mean; Python refuses to print those of more than 4,300 digits."""
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -176,13 +178,15 @@ class _Check:
             return list(node.value)
         if node.tag != _MERGE:
             try:
-                self._loader.construct_object(node)
+                value = self._loader.construct_object(node)
             except yaml.YAMLError:
                 raise
             except Exception as error:  # the constructors raise whatever int(), re.match() and others do
                 kind = node.tag.rsplit(":", 1)[-1]
                 text = f"'{node.value:.40}' can't be read as {kind}; put text in quotes"
                 raise RecipeError(text, place=self._place(node)) from error
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise RecipeError(f"'{node.value:.40}...' is too large a number", place=self._place(node))
         return []
 
     def _keys(self, keys: Sequence[yaml.Node]) -> None:
