@@ -14,6 +14,7 @@ from mergekit.version import __version__
 
 if TYPE_CHECKING:
     from mergekit.api import RunOptions as RunOptions
+    from mergekit.api import diff as diff
     from mergekit.api import plan as plan
     from mergekit.api import run_merge as run_merge
     from mergekit.api import run_moe as run_moe
@@ -27,6 +28,7 @@ __all__ = [
     "MergekitError",
     "RunOptions",
     "__version__",
+    "diff",
     "merge_state_dicts",
     "merge_tensors",
     "plan",
@@ -38,6 +40,7 @@ _HOMES = {
     "MergeConfiguration": "mergekit.recipe",
     "MergekitError": "mergekit.errors",
     "RunOptions": "mergekit.api",
+    "diff": "mergekit.api",
     "merge_state_dicts": "mergekit.api.in_memory",
     "merge_tensors": "mergekit.api.in_memory",
     "plan": "mergekit.api",

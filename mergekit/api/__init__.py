@@ -4,6 +4,9 @@ Here: the order of steps between recipe and published folder. Not here: decision
 files (output), or anything printed (cli).
 """
 
+from mergekit.api.advice import Advice, advise, percent, reading
+from mergekit.api.comparison import Comparison
+from mergekit.api.diff import compare_pairing, diff, pair
 from mergekit.api.limits import memory
 from mergekit.api.merge import plan, run_merge
 from mergekit.api.moe import MoeOptions, plan_moe, run_moe, run_moe_plan
@@ -11,13 +14,21 @@ from mergekit.api.options import RunOptions
 from mergekit.api.run import Hooks, check_writable, run_plan, slow_part
 
 __all__ = [
+    "Advice",
+    "Comparison",
     "Hooks",
     "MoeOptions",
     "RunOptions",
+    "advise",
     "check_writable",
+    "compare_pairing",
+    "diff",
     "memory",
+    "pair",
+    "percent",
     "plan",
     "plan_moe",
+    "reading",
     "run_merge",
     "run_moe",
     "run_moe_plan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
 if TYPE_CHECKING:
     from mergekit.planning import Plan
 
-__all__ = ["Document", "Hooks", "check_writable", "kernels_for", "run_plan", "slow_part", "weighted"]
+__all__ = ["Document", "Hooks", "check_writable", "kernels_for", "ready_kernels", "run_plan", "slow_part", "weighted"]
 
 
 Document = tuple[str, str | Path]
@@ -125,10 +125,16 @@ def kernels_for(plan: Plan, on_compile: Callable[[list[str]], None] | None) -> A
 
         return TorchKernels(plan.device)
     from mergekit.execute import forms
+
+    return ready_kernels(forms(plan), on_compile)
+
+
+def ready_kernels(forms: Sequence[str], on_compile: Callable[[list[str]], None] | None) -> Any:
+    """The CPU's back end, with the families ``forms`` of its kernels compiled."""
     from mergekit.kernels import cpu
     from mergekit.kernels.warmup import cold_forms, warm_up
 
-    cold = cold_forms(forms(plan))
+    cold = cold_forms(forms)
     if cold:
         if on_compile:
             on_compile(cold)

@@ -14,6 +14,7 @@ _COMMANDS = {
     "moe": "Make a mixture of experts from dense models.",
     "lora": "Bake LoRA adapters into models.",
     "plan": "Print what merging a recipe would do.",
+    "diff": "Show how models differ, before merging them.",
     "tokenizer": "Compare the tokenizers of models.",
     "methods": "List or explain the merge methods.",
     "verify": "Check a model: files, values, and the checksums of the merge that wrote it.",

@@ -1,8 +1,12 @@
-"""Numbers as people read them."""
+"""Numbers, curves and tables as people read them."""
 
 from __future__ import annotations
 
-__all__ = ["size"]
+from collections.abc import Sequence
+
+__all__ = ["size", "sparkline", "table"]
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def size(nbytes: float) -> str:
@@ -18,3 +22,29 @@ def size(nbytes: float) -> str:
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
     return f"{nbytes / 1000:.3g} TB"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, numbers to the right.
+
+    >>> table(["a", "n"], [["long", "1"], ["b", "23"]])
+    ['a      n', 'long   1', 'b     23']
+    """
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *rows]
+    ]
+
+
+def sparkline(values: Sequence[float], top: float, most: int = 32) -> str:
+    """A curve of at most ``most`` signs (each the mean of its values) from 0 to ``top``.
+
+    >>> sparkline([0, 0.5, 1], 1)
+    '▁▅█'
+    """
+    step = -(-len(values) // most) or 1
+    means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
+    return "".join(_BARS[min(int(mean / top * len(_BARS)), len(_BARS) - 1) if top > 0 else 0] for mean in means)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import numpy as np
 from mergekit.checkpoint.positional import read_at
 from mergekit.dtypes import F32, DType
 from mergekit.errors import CheckpointError
-from mergekit.planning.plan import Leaf, Plan, Read
+from mergekit.planning.plan import Leaf, Read, Source
 
 __all__ = ["Inputs", "Reader", "read_floats"]
 
@@ -44,10 +45,10 @@ def read_floats(reader: Reader, start: int, count: int, out: np.ndarray) -> None
 
 
 class Inputs:
-    """The open files of a plan's sources. Files are opened when first needed and shared by all threads."""
+    """The open files of ``sources``. They are opened when first needed and shared by all threads."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -67,13 +68,13 @@ class Inputs:
             from mergekit.execute.derived import derived_reader
 
             return derived_reader(self, leaf)
-        if self._plan.sources[leaf.source].pickled:
+        if self._sources[leaf.source].pickled:
             return _PickleReader(self.path(leaf), leaf)
         return _FileReader(self._open(self.path(leaf)), leaf, self.path(leaf))
 
     def path(self, read: Read) -> Path:
         """The file that holds a tensor."""
-        return Path(self._plan.sources[read.source].folder) / read.info.file
+        return Path(self._sources[read.source].folder) / read.info.file
 
     def _open(self, path: Path) -> int:
         with self._lock:

@@ -31,7 +31,7 @@ def model_factors(plan: Plan, kernels: Any, threads: int) -> dict[str, dict[int,
     """
     outputs = [o for o in plan.outputs if isinstance(o.expression, Apply) and o.expression.weighting != "none"]
     squares: dict[int, np.ndarray] = {}
-    with Inputs(plan) as inputs, ThreadPoolExecutor(threads) as pool:
+    with Inputs(plan.sources) as inputs, ThreadPoolExecutor(threads) as pool:
         # In order of the tensors: sums of floats depend on it.
         for output, sums in zip(outputs, pool.map(lambda o: _squares(o, inputs, kernels), outputs), strict=True):
             assert isinstance(output.expression, Apply)

@@ -47,7 +47,7 @@ def run_threads(
     """
     if kernels is None:
         from mergekit.kernels import cpu as kernels
-    with Inputs(plan) as inputs:
+    with Inputs(plan.sources) as inputs:
         tensors = plan.outputs if outputs is None else outputs
         works = (make_work(output, plan, inputs, kernels, sink, block) for output in tensors)
         run_works(works, threads=threads, advance=advance)

@@ -25,7 +25,7 @@ from mergekit.kernels.sparse import (
     kept_norms,
     sparse_sum,
 )
-from mergekit.kernels.statistics import statistics
+from mergekit.kernels.statistics import differences, statistics
 from mergekit.kernels.vectors import column_grams, row_grams, weighted_vectors
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "count_lower",
     "count_nonfinite",
     "count_upper",
+    "differences",
     "fine_histogram",
     "fuse",
     "gram",

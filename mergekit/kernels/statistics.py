@@ -1,4 +1,4 @@
-"""What a block of a merge tells about it: inner products of the deltas and of the result, and conflicts of sign."""
+"""What a block of models, or of a merge, tells: inner products of deltas and of the result, conflicts of sign."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from mergekit.kernels.codec import decode
 from mergekit.kernels.jit import kernel
-from mergekit.kernels.span import GRAM_BLOCK, dot
+from mergekit.kernels.span import GRAM_BLOCK, dot, load_vectors
 
 
 @kernel
@@ -60,3 +60,36 @@ def _conflicts(rows: np.ndarray, n: int, base: int, size: int, counts: np.ndarra
         torn += (up[i] > 0) & (down[i] > 0)
     counts[0] += shared
     counts[1] += torn
+
+
+@kernel
+def differences(raw: np.ndarray, codes: np.ndarray, count: int, products: np.ndarray, counts: np.ndarray) -> None:
+    """Add what ``count`` elements tell about the deltas of models from the first one.
+
+    ``raw`` and ``codes`` are the models as in ``span``. ``products`` (float64 [models, models], upper triangle) are
+    inner products; row 0 is the first model itself, the others are deltas. ``counts`` (int64 [models, models]): on the
+    diagonal the elements that a model changes, above it those that two models change, below it those of them that the
+    two change in opposite directions.
+    """
+    n = len(codes)
+    rows = np.empty((n, GRAM_BLOCK), np.float32)
+    for start in range(0, count, GRAM_BLOCK):
+        size = min(GRAM_BLOCK, count - start)
+        load_vectors(raw, codes, 0, start, size, rows[0], rows)
+        for a in range(n):
+            for b in range(a, n):
+                products[a, b] += np.float64(dot(rows[a], rows[b], size))
+        for a in range(1, n):
+            changed = 0
+            for i in range(size):
+                changed += rows[a, i] != np.float32(0)
+            counts[a, a] += changed
+            for b in range(a + 1, n):
+                shared, torn = 0, 0
+                for i in range(size):
+                    x, y = rows[a, i], rows[b, i]
+                    both = (x != np.float32(0)) & (y != np.float32(0))
+                    shared += both
+                    torn += both & ((x < np.float32(0)) != (y < np.float32(0)))
+                counts[a, b] += shared
+                counts[b, a] += torn

@@ -12,7 +12,7 @@ from mergekit.kernels import cpu, four_bit, fused, lora
 
 __all__ = ["FORMS", "cold_forms", "warm_up"]
 
-FORMS = ("span", "vectors", "sparse", "elementwise", "adapters")
+FORMS = ("span", "vectors", "sparse", "elementwise", "adapters", "differences")
 """The families of kernels that are compiled together."""
 
 
@@ -43,6 +43,8 @@ def warm_up(forms: Iterable[str] = FORMS) -> None:
             cpu.weighted_sum(rows, codes, ones, count, out, 0)
             cpu.weighted_delta_sum(rows, codes, ones, 0, count, out, 0)
             cpu.gram(rows, codes, -1, count, np.zeros((2, 2)))
+        elif form == "differences":
+            cpu.differences(rows, codes, count, np.zeros((2, 2)), np.zeros((2, 2), np.int64))
         elif form == "vectors":
             cpu.row_grams(rows, codes, -1, count, 0, 0, count, np.zeros((1, 2, 2)))
             cpu.column_grams(rows, codes, -1, 1, 0, count, np.zeros((2, 2, 1)))

@@ -11,7 +11,12 @@ from mergekit.checkpoint import Checkpoint, open_checkpoint
 from mergekit.errors import HubError, ModelNotFoundError
 from mergekit.refs import ModelPath, ModelReference
 
-__all__ = ["Locator", "is_folder", "small_folder"]
+__all__ = ["Locator", "is_folder", "reference_of", "small_folder"]
+
+
+def reference_of(text: str) -> ModelReference:
+    """The reference that a command line names: a folder that is there, whatever its name, or what ``parse`` reads."""
+    return ModelReference(ModelPath(text)) if os.path.isdir(os.path.expanduser(text)) else ModelReference.parse(text)
 
 
 def is_folder(reference: ModelReference) -> bool:

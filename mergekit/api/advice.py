@@ -1,0 +1,180 @@
+"""What a comparison means in plain words, and what to try: rules of thumb, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mergekit.api.comparison import Comparison, Figures
+
+__all__ = ["Advice", "advise", "percent", "reading"]
+
+_KIN, _STRANGERS = 0.9, 0.3
+"""Cosines of weights: fine-tunes lie above the first (they move by a few per cent), unrelated models near zero."""
+_ALIKE, _APART = 0.6, 0.15
+"""Cosines of deltas: above the first most of what was learnt is the same, below the second nearly nothing is."""
+_ROUNDING = 0.002
+"""Rounding to bfloat16 moves weights by 2^-9 of themselves at most, by about half of that on average."""
+_UNEVEN = 1.3
+"""Roles or layers that moved so many times as far as the whole stand out."""
+_LONGER = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A merge to try: ``method`` (None: none of them), the weight of each model but the first, and the reasons."""
+
+    method: str | None
+    weights: tuple[float, ...]
+    reasons: tuple[str, ...]
+
+
+def percent(value: float | None) -> str:
+    """A share for people, three digits.
+
+    >>> percent(0.0312), percent(None)
+    ('3.12 %', '-')
+    """
+    return "-" if value is None else f"{value * 100:.3g} %"
+
+
+def reading(comparison: Comparison) -> list[str]:
+    """The figures in sentences: who is kin to the first model, what moved, and how the changes agree."""
+    lines = [_kinship(comparison, model) for model in comparison.others]
+    kin = relatives(comparison)
+    for model in kin:
+        lines += _places(comparison, model)
+    for a, b in comparison.pairs:
+        if a in kin and b in kin:
+            lines.append(_agreement(comparison, a, b))
+    return lines
+
+
+def relatives(comparison: Comparison) -> list[int]:
+    """The positions of the models that changed something, and that lie near the first."""
+    figures = comparison.matrices
+    return [m for m in comparison.others if figures.changed(m) and (figures.similarity(m) or 0) >= _KIN]
+
+
+def _kinship(comparison: Comparison, model: int) -> str:
+    first, name = comparison.models[0], comparison.models[model]
+    figures = comparison.matrices
+    similarity, moved = figures.similarity(model), figures.moved(model)
+    if similarity is None or moved is None:
+        return f"{name}: the figures are not finite, so they tell nothing."
+    if not figures.changed(model):
+        return f"{name} has the weights of {first}."
+    if moved < _ROUNDING and similarity >= _KIN:
+        return f"{name} differs from {first} by {percent(moved)}, which is what storing weights as bfloat16 may do."
+    if similarity >= _KIN:
+        return (
+            f"{name} and {first} share an ancestor: it moved by {percent(moved)} of the length of {first}'s weights "
+            f"(cosine {similarity:.3f})."
+        )
+    if similarity < _STRANGERS:
+        return (
+            f"{name} and {first} were trained independently (cosine of the weights {similarity:.3f}): averages and "
+            f"task vectors of them give noise."
+        )
+    return (
+        f"{name} is far from {first} (cosine {similarity:.3f}, moved by {percent(moved)}): long training apart. Merges "
+        f"may lose much."
+    )
+
+
+def _places(comparison: Comparison, model: int) -> Iterator[str]:
+    """Where a model moved more than elsewhere, and where not at all."""
+    name, whole = comparison.models[model], comparison.matrices.moved(model) or 0.0
+    roles = {role: figures.moved(model) or 0.0 for role, figures in comparison.by_role().items()}
+    far = {role: moved for role, moved in roles.items() if moved > _UNEVEN * whole}
+    still = [role for role, moved in roles.items() if moved == 0]
+    if far:
+        listed = ", ".join(f"{role} ({percent(moved)})" for role, moved in sorted(far.items(), key=lambda i: -i[1])[:3])
+        yield f"{name} moved most, for their size, in {listed}."
+    if still:
+        yield f"{name} left alone: {', '.join(still)}."
+    changed = comparison.matrices.changed(model) or 0.0
+    if changed < 0.5:
+        yield f"{name} changed only {percent(changed)} of the entries of its matrices."
+    thirds = _thirds(comparison, model)
+    if thirds is not None:
+        yield f"{name} moved {thirds}."
+
+
+def _thirds(comparison: Comparison, model: int) -> str | None:
+    """How the last third of the layers compares with the first, if they differ."""
+    moved = [figures.moved(model) or 0.0 for figures in comparison.by_layer().values()]
+    size = len(moved) // 3
+    if not size:
+        return None
+    early, late = sum(moved[:size]) / size, sum(moved[-size:]) / size
+    if late > _UNEVEN * early:
+        return f"more in late layers ({percent(late)}) than in early ones ({percent(early)})"
+    if early > _UNEVEN * late:
+        return f"more in early layers ({percent(early)}) than in late ones ({percent(late)})"
+    return None
+
+
+def _agreement(comparison: Comparison, a: int, b: int) -> str:
+    figures = comparison.matrices
+    cosine, conflict = figures.cosine(a, b), figures.conflict(a, b)
+    if cosine is None:
+        return f"{comparison.models[a]} and {comparison.models[b]}: the figures are not finite."
+    if cosine >= _ALIKE:
+        what = "learnt much the same: averaging loses little, and adding counts it twice"
+    elif cosine > _APART:
+        what = "share a part of what they learnt: added in full, that part counts twice"
+    elif cosine >= -_APART:
+        what = "changed independently: their changes can be added and hardly disturb each other"
+    else:
+        what = "pull in opposite directions: what one gains, a merge with the other loses"
+    torn = "" if conflict is None else f"; {percent(conflict)} of the entries that both change go opposite ways"
+    torn += " (50 % is chance)" if torn else ""
+    return f"{comparison.models[a]} and {comparison.models[b]} {what} (cosine of the changes {cosine:.2f}{torn})."
+
+
+def advise(comparison: Comparison) -> Advice:
+    """The merge that the figures suggest, with the first model as base; measure it against its parts.
+
+    The weights make the merged change as long as the models' own are on average: with n models whose changes have a
+    mean cosine c, 1 / sqrt(n + n (n - 1) c) of each.
+    """
+    kin, figures = relatives(comparison), comparison.matrices
+    strangers = [m for m in comparison.others if (figures.similarity(m) or 0) < _KIN and figures.changed(m)]
+    if strangers:
+        names = " and ".join(comparison.models[m] for m in strangers)
+        apart = f"{names}: too far from {comparison.models[0]} for any method that combines weights"
+        return Advice(None, (), (apart, "a mixture of experts keeps models apart, and 'slices' stacks their layers"))
+    if not kin:
+        return Advice(None, (), ("the models are equal: there is nothing to merge",))
+    if len(kin) == 1:
+        name = comparison.models[kin[0]]
+        reason = f"one model differs from {comparison.models[0]}: between the two, t says how much of {name} to take"
+        return Advice("slerp", (0.5,), (reason,))
+    return _several(comparison, kin, figures)
+
+
+def _several(comparison: Comparison, kin: list[int], figures: Figures) -> Advice:
+    cosines = [figures.cosine(a, b) or 0.0 for a, b in comparison.pairs if a in kin and b in kin]
+    n, mean = len(kin), sum(cosines) / len(cosines)
+    reasons = []
+    if mean >= _ALIKE:
+        method, weight = "linear", 1.0
+        reasons.append("the models learnt much the same, so their average keeps it")
+    else:
+        method = "task_arithmetic"
+        weight = min(1.0, 1 / math.sqrt(max(n + n * (n - 1) * mean, 1.0)))
+        reasons.append(
+            f"with weight {weight:.2f} each, the merged change is as long as the models' own (their changes have a "
+            f"mean cosine of {mean:.2f})"
+        )
+    lengths = [figures.moved(m) or 0.0 for m in kin]
+    if max(lengths) > _LONGER * min(lengths):
+        longest = comparison.models[kin[lengths.index(max(lengths))]]
+        reasons.append(f"{longest} moved {max(lengths) / min(lengths):.1f} times as far as another and will drown it; "
+                       f"raise the other's weight, or use 'weighting: nan'")  # fmt: skip
+    if mean < _ALIKE:
+        reasons.append("if skills get lost, try 'ties' or 'dare_ties', which drop entries that conflict")
+    weights = tuple(round(weight, 2) if m in kin else 0.0 for m in comparison.others)
+    return Advice(method, weights, tuple(reasons))

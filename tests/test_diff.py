@@ -1,0 +1,207 @@
+"""``mergekit diff``: figures against plain NumPy, what can't be compared, the reading, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import command
+from files import llama, write_safetensors
+from files import write_model as write_llama
+from lora_files import low_rank, write_adapter
+from mergekit.api import advise, reading
+from mergekit.api.comparison import Figures, Spectrum
+from mergekit.api.diff import diff
+from mergekit.dtypes import BF16, F16, F32
+from mergekit.errors import CheckpointError, IncompatibleError, UsageError
+from models import family, read_model, write_model
+
+SHAPES = {
+    "model.embed_tokens.weight": (61, 13),
+    **{f"model.layers.{i}.self_attn.q_proj.weight": (29, 13) for i in range(3)},
+    **{f"model.layers.{i}.mlp.down_proj.weight": (13, 31) for i in range(3)},
+    "model.norm.weight": (13,),
+}
+
+
+def expected(folders, names) -> dict[str, list[float]]:
+    """The figures of some tensors taken as one vector, in float64."""
+    first, *others = [np.concatenate([read_model(f)[n].ravel() for n in names]) for f in folders]
+    deltas = [other - first for other in others]
+    pairs = [(a, b) for i, a in enumerate(deltas) for b in deltas[i + 1 :]]
+    return {
+        "moved": [np.linalg.norm(d) / np.linalg.norm(first) for d in deltas],
+        "similarity": [first @ o / np.linalg.norm(first) / np.linalg.norm(o) for o in others],
+        "changed": [np.mean(d != 0) for d in deltas],
+        "cosines": [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs],
+        "conflicts": [np.mean((a * b < 0)[(a != 0) & (b != 0)]) for a, b in pairs],
+    }
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_figures_are_those_of_numpy(tmp_path, dtype):
+    folders = family(tmp_path, 4, dtype, SHAPES)
+    record = diff(*folders).record()
+    layer = [n for n in SHAPES if "layers.1." in n]
+    groups = {
+        "total": (record["total"], SHAPES),
+        "role": (record["roles"]["q"], [n for n in SHAPES if "q_proj" in n]),
+        "layer": (record["layers"]["1"], layer),
+        "tensor": (record["tensors"][layer[0]], layer[:1]),
+    }
+    for found, names in groups.values():
+        for figure, values in expected(folders, names).items():
+            np.testing.assert_allclose(found[figure], values, rtol=2e-5, atol=2e-6, err_msg=figure)
+
+
+def test_the_same_figures_on_any_number_of_threads(tmp_path, monkeypatch):
+    from mergekit.execute import work
+
+    monkeypatch.setattr(work, "RANGE", 1 << 12)
+    folders = family(tmp_path, 3, BF16, {"a.weight": (331, 101), "b.weight": (7,)})
+    one, many = (diff(*folders, threads=n) for n in (1, 5))
+    for a, b in zip(one.sums, many.sums, strict=True):
+        assert np.array_equal(a.products, b.products)
+        assert np.array_equal(a.counts, b.counts)
+
+
+def test_the_spectrum_is_that_of_the_delta(tmp_path):
+    tensors = {"x.weight": np.random.default_rng(0).standard_normal((23, 41))}
+    low = np.outer(np.arange(1.0, 24), np.ones(41)) * 1e-2
+    folders = [
+        write_model(tmp_path / "a", tensors),
+        write_model(tmp_path / "b", {"x.weight": tensors["x.weight"] + low}),
+    ]
+    folders.append(write_model(tmp_path / "c", {"x.weight": np.random.default_rng(1).standard_normal((23, 41))}))
+    found = diff(*folders, spectrum=True).spectra["x.weight"]
+    assert (found[1].rank_90, found[1].full_rank) == (1, 23)
+    assert found[1].stable_rank == pytest.approx(1, abs=1e-4)
+    deltas = np.linalg.svd(read_model(folders[2])["x.weight"] - read_model(folders[0])["x.weight"], compute_uv=False)
+    np.testing.assert_allclose(found[2].largest, deltas[:8], rtol=1e-6)
+    assert found[2].rank_90 == 1 + int(np.searchsorted(np.cumsum(deltas**2), 0.9 * (deltas**2).sum()))
+    assert Spectrum.of(np.zeros(3)) == Spectrum((0.0, 0.0, 0.0), 0.0, 0, 3)
+
+
+def test_an_adapter_is_a_delta_of_low_rank(tmp_path):
+    base, adapter = write_llama(tmp_path / "base"), write_adapter(tmp_path / "lora", low_rank(3))
+    found = diff(base, f"{base}+{adapter}", spectrum=True)
+    assert {p.role for p, s in zip(found.places, found.sums, strict=True) if Figures(s).moved(1)} == {
+        "q",
+        "k",
+        "up",
+        "down",
+    }
+    ranks = [s[1].rank_90 for n, s in found.spectra.items() if "q_proj" in n]
+    assert ranks
+    assert max(ranks) <= 3
+
+
+def test_what_is_not_in_both_is_told(tmp_path):
+    value = np.random.default_rng(0).standard_normal
+    first = {
+        "embed_tokens.weight": value((7, 5)),
+        "a.weight": value((3, 5)),
+        "b.weight": value(5),
+        "c.weight": value(2),
+    }
+    other = {**first, "embed_tokens.weight": value((9, 5)), "b.weight": value(4), "d.weight": value(2)}
+    del other["c.weight"]
+    found = diff(write_model(tmp_path / "a", first), write_model(tmp_path / "b", other))
+    assert [(p.name, p.shape) for p in found.places] == [("embed_tokens.weight", (7, 5)), ("a.weight", (3, 5))]
+    assert found.remarks == (
+        "compared in the first 7 rows that all have: embed_tokens.weight",
+        "b: other shape: b.weight [4]",
+        "b: it has none: c.weight",
+        "only b has: d.weight",
+    )
+    with pytest.raises(IncompatibleError, match="no tensor in common"):
+        diff(tmp_path / "a", write_model(tmp_path / "c", {"e.weight": value(3)}))
+    with pytest.raises(UsageError, match="two models or more"):
+        diff(tmp_path / "a")
+
+
+def test_integers_and_damage_are_told(tmp_path):
+    tensors = {**llama(0), "steps": ("I64", np.arange(3))}
+    for name in "ab":
+        write_llama(tmp_path / name)
+        write_safetensors(tmp_path / name / "model.safetensors", tensors)
+    assert "a: integers, which are not compared: steps" in diff(tmp_path / "a", tmp_path / "b").remarks
+    bad = {"x.weight": np.array([[1.0, np.nan]]), "y.weight": np.ones((2, 2))}
+    found = diff(write_model(tmp_path / "c", bad), write_model(tmp_path / "d", {**bad, "x.weight": np.ones((1, 2))}))
+    assert "NaN or infinity in 1 tensors, so sums over them tell nothing: x.weight" in found.remarks
+    assert found.by_tensor()["x.weight"].moved(1) is None
+    assert found.by_tensor()["y.weight"].moved(1) == 0
+    assert json.loads(json.dumps(found.record(), allow_nan=False))
+    assert reading(found)
+
+
+def test_weights_of_a_model_that_is_cut_short(tmp_path):
+    folders = family(tmp_path, 2, F32, SHAPES)
+    path = folders[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError):
+        diff(*folders)
+
+
+def relatives(tmp_path, *deltas) -> list:
+    """A model of random weights, and one for each delta (relative lengths, seed)."""
+    random = np.random.default_rng(0)
+    base = {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
+    folders = [write_model(tmp_path / "base", base)]
+    for number, (size, seed) in enumerate(deltas):
+        other = np.random.default_rng(seed)
+        tensors = {n: v + size * other.standard_normal(v.shape) for n, v in base.items()}
+        folders.append(write_model(tmp_path / f"m{number}", tensors))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("deltas", "method", "weights", "words"),
+    [
+        ([(0.0, 1)], None, (), ["m0 has the weights of base"]),
+        ([(0.001, 1)], "slerp", (0.5,), ["what storing weights as bfloat16 may do"]),
+        ([(0.05, 1)], "slerp", (0.5,), ["m0 and base share an ancestor: it moved by"]),
+        ([(0.05, 1), (0.05, 2)], "task_arithmetic", (0.71, 0.71), ["changed independently"]),
+        ([(0.05, 1), (0.05, 1)], "linear", (1.0, 1.0), ["learnt much the same"]),
+        ([(0.05, 1), (-0.05, 1)], "task_arithmetic", (1.0, 1.0), ["pull in opposite directions", "100 %"]),
+        ([(0.05, 1), (0.3, 2)], "task_arithmetic", (0.71, 0.71), ["changed independently"]),
+        ([(30.0, 1), (0.05, 2)], None, (), ["trained independently"]),
+        ([(1.0, 1)], None, (), ["is far from base"]),
+    ],
+)  # fmt: skip
+def test_the_reading(tmp_path, deltas, method, weights, words):
+    comparison = diff(*relatives(tmp_path, *deltas))
+    advice = advise(comparison)
+    text = "\n".join(reading(comparison))
+    assert all(word in text for word in words), text
+    assert advice.method == method
+    assert advice.weights == pytest.approx(weights, abs=0.03)
+    assert any("times as far" in reason for reason in advice.reasons) == (deltas[-1][0] == 0.3)
+
+
+def test_weights_keep_the_length_of_the_change(tmp_path):
+    """What the advice promises: the merged change is as long as the models' own are on average."""
+    folders = relatives(tmp_path, (0.05, 1), (0.05, 2), (0.05, 3))
+    weights = advise(diff(*folders)).weights
+    base, *others = [np.concatenate([v.ravel() for v in read_model(f).values()]) for f in folders]
+    merged = sum(w * (other - base) for w, other in zip(weights, others, strict=True))
+    assert np.linalg.norm(merged) == pytest.approx(np.mean([np.linalg.norm(o - base) for o in others]), rel=0.03)
+
+
+def test_the_command(tmp_path):
+    folders = family(tmp_path, 3, BF16, SHAPES, delta=0.05)
+    done = command.mergekit("diff", *folders, "--layers", "--tensors", "--spectrum")
+    assert done.code == 0, done.err
+    record = json.loads(command.mergekit("diff", *folders, "--json", "--quiet").out)
+    assert record == {**diff(*folders).record(), "reading": reading(diff(*folders))}
+    for text in ("against m0", "[1] m1", "[2] m2", "layer", "tensor", "rank of the change", "* m1 and m2 changed"):
+        assert text in done.out
+    assert f"{record['roles']['q']['moved'][0] * 100:.3g} %" in done.out
+    assert done.err.startswith("read ")
+    for arguments, code, words in (
+        ([folders[0]], 2, "two models or more"),
+        ([folders[0], tmp_path / "none"], 2, "none"),
+    ):
+        command.assert_refused(command.mergekit("diff", *arguments), code, words)
