@@ -246,7 +246,9 @@ def test_the_flags_are_frozen():
     assert flags(merge_command) == {*FLAGS, "--dry-run", "--version"}
     assert flags(plan_command) == {*FLAGS, "--json"}
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--version"}
-    assert list(_COMMANDS) == ["merge", "moe", "lora", "plan", "tokenizer", "methods", "verify", "reproduce", "warmup"]
+    assert list(_COMMANDS) == [
+        "merge", "moe", "lora", "plan", "diff", "tokenizer", "methods", "verify", "reproduce", "warmup",
+    ]  # fmt: skip
 
 
 COMMON = {
