@@ -16,7 +16,8 @@ from mergekit.execute.work import Job
 from mergekit.kernels import cpu
 from mergekit.methods import Method, get_method
 from mergekit.methods.spec import REQUIRED
-from mergekit.planning.plan import Apply, OutputTensor
+from mergekit.planning.expression import Apply
+from mergekit.planning.plan import OutputTensor
 from models import decode
 
 __all__ = ["arguments", "merge"]

@@ -16,7 +16,8 @@ from mergekit.execute.work import Job
 from mergekit.kernels import cpu
 from mergekit.kernels.accelerator import TorchKernels
 from mergekit.methods import get_method
-from mergekit.planning.plan import Apply, OutputTensor
+from mergekit.planning.expression import Apply
+from mergekit.planning.plan import OutputTensor
 from models import decode, encode
 
 FLOATS = (BF16, F16, F32, F64)

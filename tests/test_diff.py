@@ -12,8 +12,8 @@ from files import llama, write_safetensors
 from files import write_model as write_llama
 from lora_files import low_rank, write_adapter
 from mergekit.api import advise, reading
+from mergekit.api.compare import diff
 from mergekit.api.comparison import Figures, Spectrum
-from mergekit.api.diff import diff
 from mergekit.dtypes import BF16, F16, F32
 from mergekit.errors import CheckpointError, IncompatibleError, UsageError
 from models import family, read_model, write_model
@@ -162,10 +162,10 @@ def relatives(tmp_path, *deltas) -> list:
     [
         ([(0.0, 1)], None, (), ["m0 has the weights of base"]),
         ([(0.001, 1)], "slerp", (0.5,), ["what storing weights as bfloat16 may do"]),
-        ([(0.05, 1)], "slerp", (0.5,), ["m0 and base share an ancestor: it moved by"]),
+        ([(0.05, 1)], "slerp", (0.5,), ["m0 is kin to base"]),
         ([(0.05, 1), (0.05, 2)], "task_arithmetic", (0.71, 0.71), ["changed independently"]),
         ([(0.05, 1), (0.05, 1)], "linear", (1.0, 1.0), ["learnt much the same"]),
-        ([(0.05, 1), (-0.05, 1)], "task_arithmetic", (1.0, 1.0), ["pull in opposite directions", "100 %"]),
+        ([(0.05, 1), (-0.05, 1)], "task_arithmetic", (1.0, 1.0), ["pull in opposite directions", "100 % go"]),
         ([(0.05, 1), (0.3, 2)], "task_arithmetic", (0.71, 0.71), ["changed independently"]),
         ([(30.0, 1), (0.05, 2)], None, (), ["trained independently"]),
         ([(1.0, 1)], None, (), ["is far from base"]),

@@ -201,7 +201,7 @@ def test_every_input_tensor_is_used_or_listed(tmp_path):
     base, one = (save_dense(tmp_path / str(i), MEMBERS["medium"], seed=i) for i in range(2))
     recipe = {"base_model": str(base), "gate_mode": "random", "experts": [{"source_model": str(one)}] * 2}
     from mergekit.api import MoeOptions, plan_moe
-    from mergekit.planning.plan import leaves
+    from mergekit.planning.expression import leaves
 
     plan = plan_moe(recipe, choices=MoeOptions(allow_all_same=True)).plan
     used = {(read.source, read.info.name) for o in plan.outputs for read in leaves(o.expression)}

@@ -13,7 +13,7 @@ from dense import MEMBERS, save_dense
 from lora_files import settings
 from mergekit.api import plan_moe
 from mergekit.errors import UsageError
-from mergekit.planning.plan import leaves
+from mergekit.planning.expression import leaves
 
 PHI3 = MEMBERS["medium"]
 HIDDEN, FFN, LAYERS = PHI3["hidden_size"], PHI3["intermediate_size"], PHI3["num_hidden_layers"]

@@ -16,7 +16,7 @@ import mergekit
 from mergekit.checkpoint.header import read_header
 from mergekit.dtypes import BF16, F32
 from mergekit.planning.describe import describe, groups
-from mergekit.planning.plan import Apply, Read
+from mergekit.planning.expression import Apply, Read
 from models import family, read_model, write_model
 
 SHAPES = {"embed.weight": (61, 7), **{f"layers.{i}.w": (31, 11) for i in range(5)}, "norm": (17,)}

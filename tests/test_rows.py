@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mergekit.checkpoint import TensorInfo
 from mergekit.dtypes import F32
 from mergekit.execute.rows import RowsReader
-from mergekit.planning.plan import Read, Rows, RowTable
+from mergekit.planning.expression import Read, Rows, RowTable
 
 
 class Reader:

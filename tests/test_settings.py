@@ -16,7 +16,7 @@ from files import LAYERS, write_model
 from mergekit.config import evaluate_setting
 from mergekit.methods.spec import Flag, ParameterError, Real
 from mergekit.planning import Plan
-from mergekit.planning.plan import Apply
+from mergekit.planning.expression import Apply
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 NORM = "model.layers.{}.input_layernorm.weight"

@@ -247,7 +247,7 @@ def test_two_models_for_nuslerp(tmp_path):
 
 def test_memory_of_rows_and_columns_is_declared():
     from mergekit.execute.span_work import SpanWork
-    from mergekit.planning.plan import Apply
+    from mergekit.planning.expression import Apply
 
     for kind, more in KINDS.items():
         values = {"weight": (1.0, 1.0), "nuslerp_row_wise": False, **more}

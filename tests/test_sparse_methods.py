@@ -24,7 +24,8 @@ from mergekit.kernels.accelerator import TorchKernels
 from mergekit.kernels.philox import fill_random
 from mergekit.kernels.ranks import SHORT_ROW
 from mergekit.methods import GroupTop, KeepAll, ParameterError, RandomKeep, RankKeep, SparseMerge, get_method
-from mergekit.planning.plan import Apply, OutputTensor
+from mergekit.planning.expression import Apply
+from mergekit.planning.plan import OutputTensor
 from mergekit.seeds import stream_key
 from models import family
 

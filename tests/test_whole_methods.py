@@ -22,7 +22,7 @@ from mergekit.kernels.accelerator import TorchKernels
 from mergekit.methods import get_method, method_names
 from mergekit.methods.spectral import matrix_shape
 from mergekit.methods.svc import svc
-from mergekit.planning.plan import Apply
+from mergekit.planning.expression import Apply
 from models import decode, encode, family, read_model
 
 SHAPES = [(24, 41), (41, 24), (3, 17, 23), (7, 1, 5), (5, 2, 3, 4), (13, 1), (1, 13), (17,), (1,), ()]

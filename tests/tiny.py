@@ -22,7 +22,7 @@ import mergekit
 from mergekit.methods import get_method
 from mergekit.methods.spec import REQUIRED
 from mergekit.planning import Plan
-from mergekit.planning.plan import leaves
+from mergekit.planning.expression import leaves
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

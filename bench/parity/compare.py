@@ -17,7 +17,7 @@ from tensors import load_stored
 import mergekit
 from mergekit.api.options import RunOptions
 from mergekit.kernels.philox import GROUP, fill_random
-from mergekit.planning.plan import Apply, Read
+from mergekit.planning.expression import Apply, Read
 from mergekit.seeds import stream_key
 
 ULP = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}

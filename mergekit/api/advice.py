@@ -69,8 +69,8 @@ def _kinship(comparison: Comparison, model: int) -> str:
         return f"{name} differs from {first} by {percent(moved)}, which is what storing weights as bfloat16 may do."
     if similarity >= _KIN:
         return (
-            f"{name} and {first} share an ancestor: it moved by {percent(moved)} of the length of {first}'s weights "
-            f"(cosine {similarity:.3f})."
+            f"{name} is kin to {first}: its weights lie {percent(moved)} of their length away (cosine "
+            f"{similarity:.3f})."
         )
     if similarity < _STRANGERS:
         return (
@@ -129,29 +129,38 @@ def _agreement(comparison: Comparison, a: int, b: int) -> str:
         what = "changed independently: their changes can be added and hardly disturb each other"
     else:
         what = "pull in opposite directions: what one gains, a merge with the other loses"
-    torn = "" if conflict is None else f"; {percent(conflict)} of the entries that both change go opposite ways"
-    torn += " (50 % is chance)" if torn else ""
+    torn = (
+        f"; of the entries that both change {percent(conflict)} go opposite ways, where chance gives 50 %"
+        if conflict is not None
+        else ""
+    )
     return f"{comparison.models[a]} and {comparison.models[b]} {what} (cosine of the changes {cosine:.2f}{torn})."
 
 
-def advise(comparison: Comparison) -> Advice:
-    """The merge that the figures suggest, with the first model as base; measure it against its parts.
+def advise(comparison: Comparison, *, common_base: bool = True) -> Advice:
+    """The merge that the figures suggest; measure it against its parts.
+
+    ``common_base``: the first model is what the others were made from. Else it is one of those to merge.
 
     The weights make the merged change as long as the models' own are on average: with n models whose changes have a
     mean cosine c, 1 / sqrt(n + n (n - 1) c) of each.
     """
     kin, figures = relatives(comparison), comparison.matrices
+    first = comparison.models[0]
     strangers = [m for m in comparison.others if (figures.similarity(m) or 0) < _KIN and figures.changed(m)]
     if strangers:
         names = " and ".join(comparison.models[m] for m in strangers)
-        apart = f"{names}: too far from {comparison.models[0]} for any method that combines weights"
+        apart = f"{names}: too far from {first} for any method that combines weights"
         return Advice(None, (), (apart, "a mixture of experts keeps models apart, and 'slices' stacks their layers"))
     if not kin:
         return Advice(None, (), ("the models are equal: there is nothing to merge",))
     if len(kin) == 1:
         name = comparison.models[kin[0]]
-        reason = f"one model differs from {comparison.models[0]}: between the two, t says how much of {name} to take"
+        reason = f"between {first} and {name} only t has to be chosen: how much of {name} to take"
         return Advice("slerp", (0.5,), (reason,))
+    if not common_base:
+        reason = "the models are kin, and without their common ancestor the average is the safe choice"
+        return Advice("linear", (1.0,) * len(comparison.models), (reason,))
     return _several(comparison, kin, figures)
 
 

@@ -22,7 +22,8 @@ from mergekit.execute.work import Job
 from mergekit.kernels import cpu
 from mergekit.methods import Elementwise, Method, Span, Sparse, SparseMerge, Whole
 from mergekit.methods.svc import svc
-from mergekit.planning.plan import Apply, OutputTensor
+from mergekit.planning.expression import Apply
+from mergekit.planning.plan import OutputTensor
 
 __all__ = ["converted", "merge_with_gradients"]
 

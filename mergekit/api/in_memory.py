@@ -29,7 +29,8 @@ from mergekit.execute.work import RANGE, Job, Work
 from mergekit.methods import Method, get_method, method_names
 from mergekit.methods.guard import guarded, rehearse
 from mergekit.methods.spectral import matrix_shape
-from mergekit.planning.plan import Apply, Cast, OutputTensor, Read
+from mergekit.planning.expression import Apply, Cast, Read
+from mergekit.planning.plan import OutputTensor
 
 __all__ = ["merge_state_dicts", "merge_tensors"]
 

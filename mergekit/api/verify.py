@@ -136,7 +136,8 @@ def _check_tensors(
 
 def _reading(checkpoint: Checkpoint) -> Plan:
     """A plan that copies every tensor of a checkpoint to where it is."""
-    from mergekit.planning.plan import OutputTensor, Plan, Read, Source
+    from mergekit.planning.expression import Read
+    from mergekit.planning.plan import OutputTensor, Plan, Source
 
     name = str(checkpoint.folder)
     source = Source(name, checkpoint.folder.name, name, checkpoint.files, checkpoint.pickled)

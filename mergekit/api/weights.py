@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit.planning.express import Made
-from mergekit.planning.plan import Apply, Cast, Identical, OutputTensor, Plan, Split
+from mergekit.planning.expression import Apply, Cast, Identical, Split
+from mergekit.planning.plan import OutputTensor, Plan
 
 if TYPE_CHECKING:
     from torch import Tensor

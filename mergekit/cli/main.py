@@ -10,6 +10,7 @@ from mergekit.cli.boundary import program
 from mergekit.version import __version__
 
 _COMMANDS = {
+    "new": "Write a recipe to start from, by questions or by flags.",
     "merge": "Merge the models of a recipe into a folder.",
     "moe": "Make a mixture of experts from dense models.",
     "lora": "Bake LoRA adapters into models.",

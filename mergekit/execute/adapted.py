@@ -14,7 +14,7 @@ import numpy as np
 
 from mergekit.dtypes import F32, DType
 from mergekit.execute.inputs import Inputs, read_floats
-from mergekit.planning.plan import Bake, Dequantize4, Leaf, Quantize4, Read, Rows, shape_of
+from mergekit.planning.expression import Bake, Dequantize4, Leaf, Quantize4, Read, Rows, shape_of
 
 __all__ = ["BakeReader", "Dequantize4Reader", "Once", "Quantize4Reader", "held_bytes"]
 

@@ -11,7 +11,7 @@ from mergekit.dtypes import F8_E4M3, F32
 from mergekit.execute.adapted import BakeReader, Dequantize4Reader, Quantize4Reader
 from mergekit.execute.inputs import Inputs, Reader, read_floats
 from mergekit.execute.rows import RowsReader
-from mergekit.planning.plan import (
+from mergekit.planning.expression import (
     Bake,
     Dequantize,
     Dequantize4,

@@ -15,7 +15,7 @@ from mergekit.execute.work import Job, split
 from mergekit.kernels.elementwise import ALL, CHUNK, TABLES
 from mergekit.methods import Elementwise, get_method
 from mergekit.methods.guard import is_built_in
-from mergekit.planning.plan import Apply
+from mergekit.planning.expression import Apply
 
 __all__ = ["ElementwiseWork"]
 

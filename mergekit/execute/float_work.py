@@ -14,7 +14,7 @@ from mergekit.execute.statistics import Tally
 from mergekit.execute.work import Job, Work
 from mergekit.methods import Method, get_method
 from mergekit.methods.guard import guarded
-from mergekit.planning.plan import Apply
+from mergekit.planning.expression import Apply
 from mergekit.seeds import stream_key
 
 __all__ = ["FloatWork", "MergeWork", "guard"]

@@ -13,7 +13,8 @@ import numpy as np
 from mergekit.checkpoint.positional import read_at
 from mergekit.dtypes import F32, DType
 from mergekit.errors import CheckpointError
-from mergekit.planning.plan import Leaf, Read, Source
+from mergekit.planning.expression import Leaf, Read
+from mergekit.planning.plan import Source
 
 __all__ = ["Inputs", "Reader", "read_floats"]
 

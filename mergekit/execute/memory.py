@@ -6,7 +6,8 @@ from mergekit.execute.adapted import held_bytes
 from mergekit.execute.merge_work import work_class
 from mergekit.execute.norms import is_weighted
 from mergekit.execute.work import BLOCK_BYTES
-from mergekit.planning.plan import Apply, Bake, Dequantize4, Leaf, OutputTensor, Plan, Quantize4, Read, Rows, inputs_of
+from mergekit.planning.expression import Apply, Bake, Dequantize4, Leaf, Quantize4, Read, Rows, inputs_of
+from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["buffer_bytes", "forms"]
 

@@ -12,7 +12,8 @@ from mergekit.execute.span_work import SpanWork
 from mergekit.execute.sparse_work import SparseWork
 from mergekit.execute.work import Job, Sink, Work
 from mergekit.methods import Elementwise, Span, Sparse, get_method
-from mergekit.planning.plan import Apply, Cast, Identical, OutputTensor, Plan, inputs_of
+from mergekit.planning.expression import Apply, Cast, Identical, inputs_of
+from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["make_work", "merge_work", "work_class"]
 

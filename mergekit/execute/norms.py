@@ -11,7 +11,8 @@ import numpy as np
 from mergekit.errors import NonFiniteError
 from mergekit.execute.inputs import Inputs
 from mergekit.execute.work import ALIGNMENT, BLOCK_BYTES
-from mergekit.planning.plan import Apply, OutputTensor, Plan
+from mergekit.planning.expression import Apply
+from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["is_weighted", "model_factors", "with_weights"]
 

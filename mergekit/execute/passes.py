@@ -15,7 +15,7 @@ from mergekit.kernels.elementwise import ALL
 from mergekit.kernels.fused import Fused
 from mergekit.kernels.trace import UntraceableError, record
 from mergekit.methods import Elementwise, Method, get_method
-from mergekit.planning.plan import Apply
+from mergekit.planning.expression import Apply
 
 __all__ = ["Passes", "passes"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from mergekit.dtypes import F32
 from mergekit.execute.adapted import Once
 from mergekit.execute.inputs import Inputs, read_floats
-from mergekit.planning.plan import Rows, RowTable, row_size
+from mergekit.planning.expression import Rows, RowTable, row_size
 
 __all__ = ["RowsReader"]
 

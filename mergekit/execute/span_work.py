@@ -14,7 +14,7 @@ from mergekit.execute.work import Job, split
 from mergekit.methods import Span, get_method
 from mergekit.methods.guard import guarded
 from mergekit.methods.spec import Vectors
-from mergekit.planning.plan import Apply
+from mergekit.planning.expression import Apply
 
 __all__ = ["SpanWork"]
 

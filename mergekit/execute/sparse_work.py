@@ -25,7 +25,7 @@ from mergekit.methods import (
     TopMagnitude,
     get_method,
 )
-from mergekit.planning.plan import Apply, stored
+from mergekit.planning.expression import Apply, stored
 from mergekit.seeds import stream_key
 
 __all__ = ["SparseWork"]

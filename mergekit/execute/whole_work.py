@@ -22,7 +22,8 @@ from mergekit.execute.work import Job
 from mergekit.methods import Whole, get_method
 from mergekit.methods.guard import guarded
 from mergekit.methods.svc import WORKSPACE, svc, svc_seconds
-from mergekit.planning.plan import Apply, Plan
+from mergekit.planning.expression import Apply
+from mergekit.planning.plan import Plan
 
 if TYPE_CHECKING:
     import torch

@@ -28,10 +28,11 @@ from mergekit.planning.agree import disagreements
 from mergekit.planning.build import PlanOptions, sources_of, unused_parts
 from mergekit.planning.document import TOKENIZER_FILES, donor_files
 from mergekit.planning.express import Expresser, Made
+from mergekit.planning.expression import Apply, Leaf, Noise, PermuteScale, leaves
 from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Model, Models, open_models
 from mergekit.planning.pack import pack
-from mergekit.planning.plan import Apply, Leaf, Mixture, Noise, PermuteScale, Plan, Source, leaves
+from mergekit.planning.plan import Mixture, Plan, Source
 from mergekit.planning.slots import find_slots
 from mergekit.seeds import stream_key
 from mergekit.version import __version__

@@ -14,9 +14,9 @@ from mergekit.families.rope import full_rotary
 from mergekit.moe.dense import Dense, is_mlp
 from mergekit.moe.targets import Target
 from mergekit.planning.express import Made
+from mergekit.planning.expression import Apply, Cast, Expression, Identical, Leaf, PermuteScale, Read, Split
 from mergekit.planning.leaf import cast
 from mergekit.planning.models import Model
-from mergekit.planning.plan import Apply, Cast, Expression, Identical, Leaf, PermuteScale, Read, Split
 
 __all__ = ["Layout"]
 

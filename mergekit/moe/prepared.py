@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from mergekit.checkpoint import TensorInfo, build_header
 from mergekit.dtypes import F32
-from mergekit.planning.plan import Read, Source
+from mergekit.planning.expression import Read
+from mergekit.planning.plan import Source
 
 __all__ = ["PreparedFile", "router_file"]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from mergekit.dtypes import F32
 from mergekit.output.record import record_text
-from mergekit.planning.plan import Apply, Plan
+from mergekit.planning.expression import Apply
+from mergekit.planning.plan import Plan
 
 __all__ = ["STATS", "lost_to_rounding", "stats_text"]
 

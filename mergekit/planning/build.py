@@ -12,9 +12,10 @@ from mergekit.methods import source_digest
 from mergekit.planning.agree import disagreements
 from mergekit.planning.document import make_config
 from mergekit.planning.express import Expresser
+from mergekit.planning.expression import leaves
 from mergekit.planning.models import Models, check_architectures, open_recipe
 from mergekit.planning.pack import pack
-from mergekit.planning.plan import Plan, Source, leaves
+from mergekit.planning.plan import Plan, Source
 from mergekit.planning.slots import Slots, find_slots
 from mergekit.planning.tokenizer_files import small_files
 from mergekit.planning.vocabulary import align_vocabularies, other_meanings

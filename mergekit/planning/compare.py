@@ -12,9 +12,10 @@ from mergekit.families.align import align
 from mergekit.families.layout import is_derived_buffer, is_embedding, is_head
 from mergekit.families.roles import role
 from mergekit.planning.build import sources_of
+from mergekit.planning.expression import Leaf, Split, stored
 from mergekit.planning.leaf import leaf_of
 from mergekit.planning.models import Model, Models
-from mergekit.planning.plan import Leaf, Source, Split, stored
+from mergekit.planning.plan import Source
 
 __all__ = ["Pairing", "Place", "pair_models"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.planning.plan import (
+from mergekit.planning.expression import (
     Apply,
     Bake,
     Cast,
@@ -17,14 +17,13 @@ from mergekit.planning.plan import (
     Expression,
     Identical,
     Leaf,
-    OutputTensor,
-    Plan,
     Quantize4,
     Read,
     Rows,
     Split,
     leaves,
 )
+from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["Group", "describe", "groups"]
 

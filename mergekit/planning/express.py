@@ -15,9 +15,9 @@ from mergekit.families.layout import is_embedding, is_head, is_per_token
 from mergekit.methods import Flag, Method, ParameterError, get_method
 from mergekit.methods.guard import guarded, rehearse
 from mergekit.methods.spectral import matrix_shape
+from mergekit.planning.expression import Apply, Expression, Identical, Leaf, Read, Split
 from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Models
-from mergekit.planning.plan import Apply, Expression, Identical, Leaf, Read, Split
 from mergekit.planning.slots import Contribution, Slot
 from mergekit.planning.vocabulary import Alignment
 from mergekit.recipe import EMBED_SLERP, Recipe

@@ -6,8 +6,7 @@ from mergekit.checkpoint import TensorInfo
 from mergekit.checkpoint.four_bit import Packed
 from mergekit.checkpoint.quantized import scale_of
 from mergekit.dtypes import BY_CODE, DType
-from mergekit.planning.models import Model, Models
-from mergekit.planning.plan import (
+from mergekit.planning.expression import (
     Bake,
     Cast,
     Dequantize,
@@ -19,6 +18,7 @@ from mergekit.planning.plan import (
     Scales4,
     stored,
 )
+from mergekit.planning.models import Model, Models
 
 __all__ = ["cast", "leaf_of"]
 

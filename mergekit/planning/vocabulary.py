@@ -12,9 +12,9 @@ import numpy as np
 from mergekit.checkpoint import TensorInfo
 from mergekit.errors import IncompatibleError, MergekitError, RecipeError, nearest, some_of
 from mergekit.families.config import vocab_size
+from mergekit.planning.expression import Leaf, Rows, RowTable, Split
 from mergekit.planning.leaf import leaf_of
 from mergekit.planning.models import Models
-from mergekit.planning.plan import Leaf, Rows, RowTable, Split
 from mergekit.planning.slots import Contribution
 from mergekit.recipe import Recipe
 from mergekit.refs import ModelReference
