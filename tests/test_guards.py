@@ -27,7 +27,7 @@ RANKS = {
 """A file imports only lower ranks, or its own room."""
 
 ROOMS = {
-    **dict.fromkeys(["errors", "dtypes", "seeds", "refs", "version"], "foundation"),
+    **dict.fromkeys(["errors", "dtypes", "html", "seeds", "refs", "version"], "foundation"),
     **dict.fromkeys(["config", "merge", "options", "common", "merge_methods"], "compatibility"),
     "scripts": "cli",
 }

@@ -10,6 +10,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit.families.roles import ROLES
+from mergekit.html import html_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,6 +159,18 @@ class Comparison:
                 for place, sums in zip(self.places, self.sums, strict=True)
             },
         }
+
+    def _repr_html_(self) -> str:
+        """A table of roles for notebooks, and the reading."""
+        from mergekit.api.advice import percent, reading
+
+        names = [self.models[m] for m in self.others]
+        rows = [
+            [role, *(percent(f.moved(m)) for m in self.others)]
+            for role, f in [*self.by_role().items(), ("all", self.total)]
+        ]
+        caption = f"Distance from {self.models[0]}, in lengths of its weights"
+        return html_table(caption, ["role", *names], rows, [*reading(self), *self.remarks], numbers=len(names))
 
     def _record(self, figures: Figures) -> dict[str, Any]:
         record: dict[str, Any] = {

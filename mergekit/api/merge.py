@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit.api.merged import MergedModel
 from mergekit.api.options import RunOptions
 from mergekit.api.run import Hooks, check_writable, run_plan
 from mergekit.errors import UsageError
@@ -83,8 +84,8 @@ def run_merge(
     on_plan: Callable[[Plan], None] | None = None,
     advance: Callable[[int], None] | None = None,
     **changes: Any,
-) -> Path:
-    """Merge ``recipe`` into the folder ``out`` and return its path.
+) -> MergedModel:
+    """Merge ``recipe`` into the folder ``out`` and return its path, which notebooks show as a table.
 
     ``changes`` are fields of RunOptions: ``run_merge("r.yml", "out", threads=4)``. ``on_plan`` sees the plan before
     anything is written; ``advance`` is told of finished bytes. Warnings and notes go to the logger ``mergekit``.
@@ -102,4 +103,4 @@ def run_merge(
     hooks = Hooks(on_compile=log_compile, advance=advance or (lambda nbytes: None))
     for text in (*made.warnings, *made.notes, *run_plan(made, folder, options, hooks)):
         _LOG.warning("%s", text)
-    return folder
+    return MergedModel(folder)

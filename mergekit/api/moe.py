@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit.api.merge import load_methods, log_compile, plan_options
+from mergekit.api.merged import MergedModel
 from mergekit.api.options import RunOptions
 from mergekit.api.prepare import read_routers, write_merged, write_routers
 from mergekit.api.run import Document, Hooks, check_writable, run_plan
@@ -99,7 +100,7 @@ def run_moe(
     on_plan: Callable[[MoePlan], None] | None = None,
     advance: Callable[[int], None] | None = None,
     **changes: Any,
-) -> Path:
+) -> MergedModel:
     """Make the mixture of experts ``recipe`` in the folder ``out`` and return its path.
 
     The keywords are those of MoeOptions, ``changes`` fields of RunOptions. Everything said goes to the logger
@@ -124,7 +125,7 @@ def run_moe(
         _LOG.warning("%s", text)
     for line in outcome.lines:
         _LOG.info("%s", line)
-    return folder
+    return MergedModel(folder)
 
 
 def run_moe_plan(

@@ -15,7 +15,6 @@ from mergekit.options import add_merge_options
 
 if TYPE_CHECKING:
     from mergekit.planning import Plan
-    from mergekit.planning.describe import Group
 
 
 @click.command(
@@ -66,15 +65,15 @@ def _small_files(plan: Plan) -> list[str]:
 def plan_lines(plan: Plan, options: Any) -> list[str]:
     """A plan for people: models, groups of like tensors with their parameters, files, sizes."""
     from mergekit import api
-    from mergekit.planning.describe import groups
+    from mergekit.planning.describe import groups, kind_of_merge, made_of
 
-    lines = [f"{_what(plan)}, seed {plan.seed}"]
+    lines = [f"{kind_of_merge(plan)}, seed {plan.seed}"]
     for number, source in enumerate(plan.sources):
         lines.append(f"  [{number}] {source.reference}{_part(plan, number)}")
     lines.append("")
     for group in groups(plan):
         lines.append(f"{len(group.tensors):4} x {group.template}  {list(group.shape)} {group.dtype}")
-        lines.append(f"       {_made_of(group, plan)}")
+        lines.append(f"       {made_of(group, plan)}")
     lines.append("")
     lines += [f"  {shard.name}  {size(shard.size)}" for shard in plan.shards[:6]]
     if len(plan.shards) > 6:
@@ -89,17 +88,6 @@ def plan_lines(plan: Plan, options: Any) -> list[str]:
     return [plain(line) for line in lines]
 
 
-def _what(plan: Plan) -> str:
-    """The kind of merge in a few words."""
-    mixture = plan.mixture
-    if mixture is None:
-        return plan.method
-    return (
-        f"{mixture.family} of {len(mixture.experts)} experts, {mixture.per_token} for each token, "
-        f"routers by {mixture.gate_mode}, shared weights from {mixture.shared}"
-    )
-
-
 def _part(plan: Plan, number: int) -> str:
     """The part that a source plays, in brackets."""
     parts = ["base"] if number == plan.base else []
@@ -110,16 +98,3 @@ def _part(plan: Plan, number: int) -> str:
     if plan.sources[number].adapter:
         parts.append("adapter")
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def _made_of(group: Group, plan: Plan) -> str:
-    """``ties of [1] [2] onto [0]  density=(0.5, 0.5)``: what is done to which models, with which parameters."""
-    from mergekit.methods import get_method
-    from mergekit.planning.describe import span_text
-
-    models = [f"[{source}]" for source in group.sources]
-    text = f"{group.action} {' '.join(models)}"
-    if group.action == plan.method and get_method(plan.method).base == "required":
-        text = f"{group.action} of {' '.join(models[1:])} onto {models[0]}"
-    settings = ", ".join(f"{name}={span_text(values)}" for name, values in group.parameters.items())
-    return f"{text}  {settings}" if settings else text

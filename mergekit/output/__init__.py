@@ -17,7 +17,7 @@ from mergekit.output.manifest import (
     sha256,
 )
 from mergekit.output.staging import STAGING, Staging, holds_weights, refuse_replacing
-from mergekit.output.stats import STATS, lost_to_rounding, stats_text
+from mergekit.output.stats import STATS, lost_to_rounding, read_summary, stats_text
 
 __all__ = [
     "MANIFEST",
@@ -32,6 +32,7 @@ __all__ = [
     "model_card",
     "publishing",
     "read_manifest",
+    "read_summary",
     "recipe_text",
     "refuse_replacing",
     "sha256",

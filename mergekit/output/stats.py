@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from mergekit.checkpoint import read_json
 from mergekit.dtypes import F32
+from mergekit.errors import CheckpointError
 from mergekit.output.record import record_text
 from mergekit.planning.expression import Apply
 from mergekit.planning.plan import Plan
 
-__all__ = ["STATS", "lost_to_rounding", "stats_text"]
+__all__ = ["STATS", "lost_to_rounding", "read_summary", "stats_text"]
 
 STATS = "merge_stats.json"
 _LEAST_SURVIVAL = 0.9
@@ -43,6 +46,15 @@ def stats_text(plan: Plan, figures: Figures) -> str:
         "tensors": merged,
     }
     return record_text(document)
+
+
+def read_summary(folder: Path) -> Mapping[str, Any]:
+    """The summary in the merge_stats.json of a model folder; empty without one. CheckpointError if it is damaged."""
+    path = folder / STATS
+    summary = read_json(path).get("summary") if path.is_file() else {}
+    if not isinstance(summary, dict):
+        raise CheckpointError(f"{path}: not statistics of mergekit; make the model again")
+    return summary
 
 
 def _summary(models: Sequence[str], merged: Figures) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergekit.html import html_table
+from mergekit.methods import get_method
 from mergekit.planning.expression import (
     Apply,
     Bake,
@@ -25,7 +27,7 @@ from mergekit.planning.expression import (
 )
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["Group", "describe", "groups"]
+__all__ = ["Group", "describe", "groups", "kind_of_merge", "made_of", "plan_html"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -110,6 +112,39 @@ def span_text(values: Sequence[Any]) -> str:
     if all(value == first for value in values):
         return f"{first:g}" if isinstance(first, float) else str(first)
     return f"{first:g} .. {last:g}" if isinstance(first, float) else f"{first} .. {last}"
+
+
+def kind_of_merge(plan: Plan) -> str:
+    """The kind of merge in a few words: the method, or what the mixture is."""
+    mixture = plan.mixture
+    if mixture is None:
+        return plan.method
+    return (
+        f"{mixture.family} of {len(mixture.experts)} experts, {mixture.per_token} for each token, "
+        f"routers by {mixture.gate_mode}, shared weights from {mixture.shared}"
+    )
+
+
+def made_of(group: Group, plan: Plan) -> str:
+    """``ties of [1] [2] onto [0]  density=(0.5, 0.5)``: what is done to which models, with which parameters."""
+    models = [f"[{source}]" for source in group.sources]
+    text = f"{group.action} {' '.join(models)}"
+    if group.action == plan.method and get_method(plan.method).base == "required":
+        text = f"{group.action} of {' '.join(models[1:])} onto {models[0]}"
+    settings = ", ".join(f"{name}={span_text(values)}" for name, values in group.parameters.items())
+    return f"{text}  {settings}" if settings else text
+
+
+def plan_html(plan: Plan) -> str:
+    """A plan for notebooks: a table of groups of like tensors, and the warnings."""
+    models = ", ".join(f"[{number}] {source.reference}" for number, source in enumerate(plan.sources))
+    rows = [
+        [str(len(g.tensors)), g.template, " x ".join(map(str, g.shape)), g.dtype, made_of(g, plan)]
+        for g in groups(plan)
+    ]
+    caption = f"{kind_of_merge(plan)} of {models}: {plan.parameters:,} parameters, {plan.bytes_written:,} bytes"
+    notes = [*(f"warning: {text}" for text in plan.warnings), *plan.notes]
+    return html_table(caption, ["tensors", "name", "shape", "type", "made of"], rows, notes)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

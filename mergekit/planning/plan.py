@@ -141,3 +141,9 @@ class Plan:
     def digest(self) -> str:
         """One digest over everything that decides the output's bytes."""
         return blake2b(json.dumps(self.identity()).encode(), digest_size=12).hexdigest()
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        from mergekit.planning.describe import plan_html
+
+        return plan_html(self)
