@@ -2,18 +2,37 @@
 
 Here: the order of steps between recipe and published folder. Not here: decisions (planning, moe), numbers (execute),
 files (output), or anything printed (cli).
+
+Names are imported when they are first used: a command pays for what it needs only.
 """
 
-from mergekit.api.advice import Advice, advise, percent, reading
-from mergekit.api.compare import compare_pairing, diff, pair
-from mergekit.api.comparison import Comparison
-from mergekit.api.draft import to_merge
-from mergekit.api.limits import memory
-from mergekit.api.merge import plan, run_merge
-from mergekit.api.moe import MoeOptions, plan_moe, run_moe, run_moe_plan
-from mergekit.api.new import new_recipe, write_recipe
-from mergekit.api.options import RunOptions
-from mergekit.api.run import Hooks, check_writable, run_plan, slow_part
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit.api.advice import Advice as Advice
+    from mergekit.api.advice import advise as advise
+    from mergekit.api.advice import percent as percent
+    from mergekit.api.advice import reading as reading
+    from mergekit.api.compare import compare_pairing as compare_pairing
+    from mergekit.api.compare import diff as diff
+    from mergekit.api.compare import pair as pair
+    from mergekit.api.comparison import Comparison as Comparison
+    from mergekit.api.draft import to_merge as to_merge
+    from mergekit.api.limits import memory as memory
+    from mergekit.api.merge import plan as plan
+    from mergekit.api.merge import run_merge as run_merge
+    from mergekit.api.moe import MoeOptions as MoeOptions
+    from mergekit.api.moe import plan_moe as plan_moe
+    from mergekit.api.moe import run_moe as run_moe
+    from mergekit.api.moe import run_moe_plan as run_moe_plan
+    from mergekit.api.new import new_recipe as new_recipe
+    from mergekit.api.new import write_recipe as write_recipe
+    from mergekit.api.options import RunOptions as RunOptions
+    from mergekit.api.run import Hooks as Hooks
+    from mergekit.api.run import check_writable as check_writable
+    from mergekit.api.run import run_plan as run_plan
+    from mergekit.api.run import slow_part as slow_part
 
 __all__ = [
     "Advice",
@@ -40,3 +59,36 @@ __all__ = [
     "to_merge",
     "write_recipe",
 ]
+
+_HOMES = {
+    "Advice": "mergekit.api.advice",
+    "Comparison": "mergekit.api.comparison",
+    "Hooks": "mergekit.api.run",
+    "MoeOptions": "mergekit.api.moe",
+    "RunOptions": "mergekit.api.options",
+    "advise": "mergekit.api.advice",
+    "check_writable": "mergekit.api.run",
+    "compare_pairing": "mergekit.api.compare",
+    "diff": "mergekit.api.compare",
+    "memory": "mergekit.api.limits",
+    "new_recipe": "mergekit.api.new",
+    "pair": "mergekit.api.compare",
+    "percent": "mergekit.api.advice",
+    "plan": "mergekit.api.merge",
+    "plan_moe": "mergekit.api.moe",
+    "reading": "mergekit.api.advice",
+    "run_merge": "mergekit.api.merge",
+    "run_moe": "mergekit.api.moe",
+    "run_moe_plan": "mergekit.api.moe",
+    "run_plan": "mergekit.api.run",
+    "slow_part": "mergekit.api.run",
+    "to_merge": "mergekit.api.draft",
+    "write_recipe": "mergekit.api.new",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
+    raise AttributeError(f"module 'mergekit.api' has no attribute '{name}'")
