@@ -247,7 +247,7 @@ def test_the_flags_are_frozen():
     assert flags(plan_command) == {*FLAGS, "--json"}
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--version"}
     assert list(_COMMANDS) == [
-        "new", "merge", "moe", "lora", "plan", "diff", "tokenizer", "methods", "verify", "reproduce", "warmup",
+        "new", "merge", "moe", "lora", "plan", "inspect", "diff", "tokenizer", "methods", "verify", "reproduce", "warmup",
     ]  # fmt: skip
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mergekit.api.compare import pair as pair
     from mergekit.api.comparison import Comparison as Comparison
     from mergekit.api.draft import to_merge as to_merge
+    from mergekit.api.inspect import ModelSummary as ModelSummary
+    from mergekit.api.inspect import inspect_model as inspect_model
     from mergekit.api.limits import memory as memory
     from mergekit.api.merge import plan as plan
     from mergekit.api.merge import run_merge as run_merge
@@ -38,12 +40,14 @@ __all__ = [
     "Advice",
     "Comparison",
     "Hooks",
+    "ModelSummary",
     "MoeOptions",
     "RunOptions",
     "advise",
     "check_writable",
     "compare_pairing",
     "diff",
+    "inspect_model",
     "memory",
     "new_recipe",
     "pair",
@@ -64,12 +68,14 @@ _HOMES = {
     "Advice": "mergekit.api.advice",
     "Comparison": "mergekit.api.comparison",
     "Hooks": "mergekit.api.run",
+    "ModelSummary": "mergekit.api.inspect",
     "MoeOptions": "mergekit.api.moe",
     "RunOptions": "mergekit.api.options",
     "advise": "mergekit.api.advice",
     "check_writable": "mergekit.api.run",
     "compare_pairing": "mergekit.api.compare",
     "diff": "mergekit.api.compare",
+    "inspect_model": "mergekit.api.inspect",
     "memory": "mergekit.api.limits",
     "new_recipe": "mergekit.api.new",
     "pair": "mergekit.api.compare",

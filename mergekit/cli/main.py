@@ -15,6 +15,7 @@ _COMMANDS = {
     "moe": "Make a mixture of experts from dense models.",
     "lora": "Bake LoRA adapters into models.",
     "plan": "Print what merging a recipe would do.",
+    "inspect": "Show what a model is, from its headers.",
     "diff": "Show how models differ, before merging them.",
     "tokenizer": "Compare the tokenizers of models.",
     "methods": "List or explain the merge methods.",

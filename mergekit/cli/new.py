@@ -44,13 +44,15 @@ def new(models: tuple[str, ...], base: str | None, method: str | None, output: P
     others = api.to_merge(models, base)
     comparison = _look([*([base] if base else []), *others], cache_dir) if look else None
     made = api.new_recipe(models, base=base, method=method, comparison=comparison, cache_dir=cache_dir)
-    _show(made, comparison)
     if asks:
+        _show(made, comparison)
         made = _ask_method(made, lambda name: api.new_recipe(
             models, base=base, method=name, comparison=comparison, cache_dir=cache_dir))  # fmt: skip
         output = output or Path(click.prompt("Write the recipe to", default="recipe.yml", err=True))
     assert output is not None
     api.write_recipe(made, output, overwrite=overwrite)
+    if not asks:
+        _show(made, comparison)
     click.echo(plain(made.text), nl=False)
     say(f"wrote {output}; next: mergekit plan {output}, then mergekit merge {output} out")
 

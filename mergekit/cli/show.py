@@ -24,17 +24,17 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1000:.3g} TB"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, numbers to the right.
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int | None = None) -> list[str]:
+    """Lines of a table; the last ``numbers`` columns (default: all but the first) go to the right.
 
     >>> table(["a", "n"], [["long", "1"], ["b", "23"]])
     ['a      n', 'long   1', 'b     23']
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    right = len(widths) - 1 if numbers is None else numbers
+    marks = ["<"] * (len(widths) - right) + [">"] * right
     return [
-        "  ".join(
-            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(f"{cell:{mark}{width}}" for cell, mark, width in zip(row, marks, widths, strict=True)).rstrip()
         for row in [head, *rows]
     ]
 

@@ -14,9 +14,20 @@ from typing import Any
 
 from mergekit.families.config import layer_count
 
-__all__ = ["Layout", "Place", "Stack", "infer_layout", "is_derived_buffer", "is_embedding", "is_head", "is_per_token"]
+__all__ = [
+    "Layout",
+    "Place",
+    "Stack",
+    "infer_layout",
+    "is_derived_buffer",
+    "is_embedding",
+    "is_head",
+    "is_per_token",
+    "numbers_out",
+]
 
 _NUMBERED = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<suffix>.+)$")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|tokens_embed|input_embedding|embeddings?|shared)\.weight$"
 )
@@ -124,6 +135,15 @@ def _choose(stacks: list[Stack], wanted: int | None) -> Stack | None:
         if len(found) == 1:
             return found[0]
     return max(stacks, key=lambda s: s.count) if wanted is None else stacks[0]
+
+
+def numbers_out(name: str) -> str:
+    """``name`` with ``{n}`` for each number that stands alone: what like tensors of all layers share.
+
+    >>> numbers_out("model.layers.3.mlp.experts.0.w1.weight")
+    'model.layers.{n}.mlp.experts.{n}.w1.weight'
+    """
+    return _NUMBER.sub("{n}", name)
 
 
 def is_embedding(name: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergekit.families.layout import numbers_out
 from mergekit.html import html_table
 from mergekit.methods import get_method
 from mergekit.planning.expression import (
@@ -28,8 +28,6 @@ from mergekit.planning.expression import (
 from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["Group", "describe", "groups", "kind_of_merge", "made_of", "plan_html"]
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(slots=True)
@@ -55,7 +53,7 @@ def groups(plan: Plan) -> list[Group]:
     found: dict[Any, Group] = {}
     for output in plan.outputs:
         action, sources = _action(output.expression)
-        key = (_NUMBER.sub("{n}", output.name), action, sources, output.shape, output.dtype)
+        key = (numbers_out(output.name), action, sources, output.shape, output.dtype)
         group = found.setdefault(key, Group(key[0], action, sources, output.shape, output.dtype.name))
         _add(group, output)
     return list(found.values())
