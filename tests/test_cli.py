@@ -107,8 +107,9 @@ def test_a_merge_prints_this():
     result = mergekit_yaml("r.yml", "out", "--write-threads", 3)
     assert result.code == 0
     assert result.out == ""
-    *lines, last = result.err.splitlines()
+    *lines, last, loading = result.err.splitlines()
     same_as_snapshot("merge", "\n".join(lines) + "\n")
+    assert loading == 'load it: AutoModelForCausalLM.from_pretrained("out")   check it: mergekit verify out'
     assert last.startswith("wrote out: 1,260 parameters, 4.25 kB, in ")
 
 
@@ -243,11 +244,12 @@ def flags(command: click.Command) -> set[str]:
 
 
 def test_the_flags_are_frozen():
-    assert flags(merge_command) == {*FLAGS, "--dry-run", "--version"}
+    assert flags(merge_command) == {*FLAGS, "--dry-run", "--json", "--version"}
     assert flags(plan_command) == {*FLAGS, "--json"}
-    assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--version"}
+    assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--json", "--version"}
     assert list(_COMMANDS) == [
-        "new", "merge", "moe", "lora", "plan", "inspect", "diff", "tokenizer", "methods", "verify", "reproduce", "warmup",
+        "new", "merge", "moe", "lora", "plan", "inspect", "diff", "tokenizer", "methods", "verify",
+        "reproduce", "warmup", "completion",
     ]  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def run_moe(
     made = plan_moe(recipe, options, choices, fetch=True)
     if on_plan:
         on_plan(made)
-    outcome = run_moe_plan(made, folder, options, choices, stage=_LOG.info, advance=advance)
+    outcome = run_moe_plan(made, folder, options, choices, stage=_LOG.info, advance=advance or (lambda nbytes: None))
     for text in (*made.plan.warnings, *made.plan.notes, *outcome.remarks):
         _LOG.warning("%s", text)
     for line in outcome.lines:
@@ -135,9 +135,13 @@ def run_moe_plan(
     choices: MoeOptions | None = None,
     *,
     stage: Callable[[str], None] = lambda text: None,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], None] = lambda nbytes: None,
+    opened: Callable[[str], None] = lambda name: None,
 ) -> Outcome:
-    """Execute the plan of a mixture into ``folder``: routers, assembly, routing report, self-test."""
+    """Execute the plan of a mixture into ``folder``: routers, assembly, routing report, self-test.
+
+    ``stage`` is told what is being done where that takes long, ``advance`` and ``opened`` as in ``Hooks``.
+    """
     options, choices = options or RunOptions(), choices or MoeOptions()
     verify = choices.verify if choices.verify is not None else made.plan.bytes_written < _VERIFY_BELOW
     lines: list[str] = []
@@ -166,7 +170,7 @@ def run_moe_plan(
     def card(title: str) -> str:
         return moe_card(made.plan, title, without_paths(reports[0].markdown(), made.plan) if reports else None)
 
-    hooks = Hooks(prepare, measure, card, log_compile, advance or (lambda nbytes: None))
+    hooks = Hooks(prepare, measure, card, log_compile, advance, opened)
     remarks += run_plan(made.plan, folder, options, hooks)
     if verify:
         from mergekit.api.self_test import check_reload

@@ -31,7 +31,7 @@ class Hooks:
 
     ``prepare`` gets the staging folder and makes the plan's prepared sources there. ``measure`` gets it once all
     tensors are written, and returns more documents; ``card`` makes README.md. ``on_compile`` is told which kernels
-    are about to be compiled, ``advance`` of finished bytes.
+    are about to be compiled, ``advance`` of finished bytes, ``opened`` of each tensor that is begun.
     """
 
     prepare: Callable[[Path], None] | None = None
@@ -39,6 +39,7 @@ class Hooks:
     card: Callable[[str], str] | None = None
     on_compile: Callable[[list[str]], None] | None = None
     advance: Callable[[int], None] = lambda nbytes: None
+    opened: Callable[[str], None] = lambda name: None
 
 
 def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks: Hooks | None = None) -> list[str]:
@@ -76,6 +77,7 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
             kernels=kernels,
             threads=options.threads if plan.device == "cpu" else 1,
             advance=hooks.advance,
+            opened=hooks.opened,
         )
         staging.settle()
         _check_inputs(plan)

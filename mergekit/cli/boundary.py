@@ -3,26 +3,77 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from threading import Lock
+from typing import Any, NoReturn
 
 from mergekit.errors import MergekitError
 
-__all__ = ["plain", "program", "run", "say"]
+__all__ = ["EXIT_CODES", "as_events", "event", "plain", "program", "run", "say", "tell"]
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
+class _Listener:
+    """Who listens: people, who read lines, or a program, which reads a JSON object for each event on stdout."""
+
+    is_program = False
+    lock = Lock()
+
+
+def as_events(on: bool | None = None) -> bool:
+    """Whether events are told instead of lines; ``on`` says so from now on."""
+    if on is not None:
+        _Listener.is_program = on
+    return _Listener.is_program
+
+
+def event(name: str, /, **facts: Any) -> None:
+    """Tell a program something: one JSON object on a line of its own. Called by any thread."""
+    with _Listener.lock:
+        sys.stdout.write(json.dumps({"event": name, **facts}) + "\n")
+        sys.stdout.flush()
+
+
+def tell(kind: str, text: str) -> None:
+    """Tell a ``warning`` or ``note``, to people or to a program."""
+    if as_events():
+        event(kind, text=plain(text))
+    else:
+        say(f"{kind}: {text}")
+
+
+EXIT_CODES = {
+    0: "done",
+    1: "an input, the hub or the machine is at fault, or a check found something",
+    2: "the recipe, an option or a folder can't be used as given",
+    130: "interrupted (143: asked to end); the same command continues",
+}
+
+
 def say(text: str = "") -> None:
     """Print lines for people on stderr; results go to stdout. Names from files can't reach the terminal's controls."""
+    if as_events():
+        event("message", text=plain(text))
+        return
     try:
         print(plain(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass  # nobody listens; a remark that can't be made is no reason to fail
+
+
+def _fail(text: str, code: int, kind: str) -> NoReturn:
+    """End the program with an error."""
+    if as_events():
+        event("error", text=plain(text), kind=kind, exit_code=code)
+    else:
+        say(f"error: {text}")
+    sys.exit(code)
 
 
 def plain(text: str) -> str:
@@ -44,32 +95,30 @@ def program(command: Callable[..., Any], name: str, **context: Any) -> None:
 
 
 def run(command: Callable[..., Any], name: str, **context: Any) -> None:
-    """Run a click command as program ``name``. 0: done; 1: input or machine; 2: recipe or usage; 130: interrupted.
+    """Run a click command as program ``name``, and end with one of ``EXIT_CODES``.
 
     ``context``: settings of click's context, such as ``obj``.
     """
     try:
         code = command.main(prog_name=name, standalone_mode=False, **context)  # type: ignore[attr-defined]
     except MergekitError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, type(error).__name__)
     except (KeyboardInterrupt, _TerminatedError) as error:
-        say("interrupted; the same command continues where this one stopped")
-        sys.exit(143 if isinstance(error, _TerminatedError) else 130)
+        _interrupted(143 if isinstance(error, _TerminatedError) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-        sys.exit(1)
+        text = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        _fail(text, 1, type(error).__name__)
     except RecursionError:
-        say("error: something in the recipe or in a file of a model is nested too deeply")
-        sys.exit(1)
+        _fail("something in the recipe or in a file of a model is nested too deeply", 1, "RecursionError")
     except MemoryError:
-        say("error: out of memory; close other programs, or use fewer threads (-j 1)")
-        sys.exit(1)
+        _fail("out of memory; close other programs, or use fewer threads (-j 1)", 1, "MemoryError")
     except Exception as error:
         sys.exit(_other(error))
+    finally:
+        as_events(False)
     if code:  # of a command that ended itself by ``ctx.exit``
         sys.exit(code)
 
@@ -83,13 +132,21 @@ def _terminate(number: int, frame: object) -> None:
     raise _TerminatedError
 
 
+def _interrupted(code: int) -> NoReturn:
+    text = "interrupted; the same command continues where this one stopped"
+    if as_events():
+        event("error", text=text, kind="interrupted", exit_code=code)
+    else:
+        say(text)
+    sys.exit(code)
+
+
 def _other(error: Exception) -> int:
     """Messages for click's own faults, and for ours that we did not foresee."""
     import click
 
     if isinstance(error, click.exceptions.Abort):
-        say("interrupted; the same command continues where this one stopped")
-        return 130
+        _interrupted(130)
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.ClickException):
@@ -97,6 +154,9 @@ def _other(error: Exception) -> int:
         return error.exit_code
     if os.environ.get("MERGEKIT_DEBUG"):
         raise error
-    say(f"error: this is a bug in mergekit: {type(error).__name__}: {error}")
-    say("run again with MERGEKIT_DEBUG=1 for the details, and please report them")
-    return 1
+    _fail(
+        f"this is a bug in mergekit: {type(error).__name__}: {error}\n"
+        f"run again with MERGEKIT_DEBUG=1 for the details, and please report them",
+        1,
+        "bug",
+    )

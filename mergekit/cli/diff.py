@@ -22,7 +22,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.command("diff", context_settings=_SETTINGS)
-@click.argument("models", nargs=-1, metavar="FIRST OTHER...")
+@click.argument("models", type=click.Path(), nargs=-1, metavar="FIRST OTHER...")
 @click.option("--layers", is_flag=True, help="Print a table of layers, too.")
 @click.option("--tensors", is_flag=True, help="Print a table of tensors, too.")
 @click.option("--spectrum", is_flag=True, help="Find the ranks of the changes, too (slow).")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--cache-dir", type=Path, metavar="PATH", help="Where files of hub models are kept.")

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from mergekit.cli.boundary import as_events
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.merge import merge_recipe
+from mergekit.cli.run import events_option
 from mergekit.errors import MergekitError
 from mergekit.options import add_merge_options
 from mergekit.refs import ModelPath, ModelReference
@@ -24,9 +26,9 @@ def lora() -> None:
 
 
 @lora.command("bake", cls=MergeCommand, context_settings=_SETTINGS, short_help="Bake a LoRA adapter into a model.")
-@click.argument("base")
-@click.argument("adapter")
-@click.argument("out_path")
+@click.argument("base", type=click.Path())
+@click.argument("adapter", type=click.Path())
+@click.argument("out_path", type=click.Path())
 @click.option(
     "--base-quantization",
     default="none",
@@ -36,14 +38,23 @@ def lora() -> None:
 )
 @click.option("--dtype", metavar="NAME", help="Element type of the result (default: the base's).")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is written.")
+@events_option
 @add_merge_options
 def bake(
-    base: str, adapter: str, out_path: str, base_quantization: str, dtype: str | None, dry_run: bool, merge_options: Any
+    base: str,
+    adapter: str,
+    out_path: str,
+    base_quantization: str,
+    dtype: str | None,
+    dry_run: bool,
+    events: bool,
+    merge_options: Any,
 ) -> None:
     """Bake the LoRA adapter ADAPTER into the model BASE, and write the result to the folder OUT_PATH.
 
     BASE and ADAPTER are folders or hub names. The same command continues a run that was interrupted.
     """
+    as_events(events)
     reference = ModelReference(_path(base), _path(adapter))
     recipe = {
         "merge_method": "passthrough",

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import click
 
-from mergekit.cli.boundary import program
+from mergekit.cli.boundary import EXIT_CODES, program
 from mergekit.version import __version__
 
 _COMMANDS = {
@@ -22,6 +22,7 @@ _COMMANDS = {
     "verify": "Check a model: files, values, and the checksums of the merge that wrote it.",
     "reproduce": "Merge again what a model was made from, and compare.",
     "warmup": "Compile the CPU kernels ahead of the first merge.",
+    "completion": "Print what makes a shell complete commands, options and paths.",
 }
 
 _HOMES = {"reproduce": "verify"}
@@ -46,6 +47,8 @@ class _Verbs(click.Group):
         """The list of verbs, without importing any of them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import program, say
+from mergekit.cli.boundary import as_events, program, say, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.plan import plan_lines, report
-from mergekit.cli.show import size
+from mergekit.cli.run import announce, conclude, events_option
 from mergekit.errors import UsageError
 from mergekit.options import add_merge_options
 from mergekit.version import __version__
@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 @click.command(
     "merge", cls=MergeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.argument("config_file")
-@click.argument("out_path")
+@click.argument("config_file", type=click.Path())
+@click.argument("out_path", type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is written.")
+@events_option
 @click.version_option(__version__, prog_name="mergekit")
 @add_merge_options
-def merge(config_file: str, out_path: str, dry_run: bool, merge_options: Any) -> None:
+def merge(config_file: str, out_path: str, dry_run: bool, events: bool, merge_options: Any) -> None:
     """Merge the models of the recipe CONFIG_FILE (YAML) into the folder OUT_PATH.
 
     The same command continues a run that was interrupted.
     """
+    as_events(events)
     merge_recipe(config_file, out_path, dry_run, merge_options)
 
 
@@ -47,32 +49,26 @@ def merge_recipe(recipe: str | dict[str, Any], out_path: str, dry_run: bool, mer
     api.check_writable(Path(out_path), options)
     plan = api.plan(recipe, options, fetch=not dry_run)
     quiet = merge_options.quiet
-    if dry_run:
-        click.echo("\n".join(plan_lines(plan, options)))
+    announce(plan, options, dry_run=dry_run)
     report(plan, notes=() if quiet else [*merge_options.given_without_effect(), *plan.notes])
     if dry_run:
         return
-    if merge_options.verbosity and not quiet:
+    if merge_options.verbosity and not quiet and not as_events():
         say("\n".join(plan_lines(plan, options)))
     for text in execute(plan, Path(out_path), options):
-        say(f"warning: {text}")
-    if not quiet:
-        seconds = time.monotonic() - started
-        say(f"wrote {out_path}: {plan.parameters:,} parameters, {size(plan.bytes_written)}, in {seconds:.1f} s")
+        tell("warning", text)
+    conclude(plan, out_path, time.monotonic() - started, quiet=quiet)
 
 
 def execute(plan: Plan, out: Path, options: Any) -> list[str]:
     """Run a plan with progress on the screen; returns its remarks."""
     from mergekit import api
-    from mergekit.cli.progress import progress
-
-    def compiling(forms: list[str]) -> None:
-        if not options.quiet:
-            say(f"compiling kernels for this machine ({', '.join(forms)}); this happens once")
+    from mergekit.cli.progress import compiling, progress
 
     total = sum(output.nbytes for output in plan.outputs)
-    with progress(total, shown=not options.quiet) as advance:
-        return api.run_plan(plan, out, options, api.Hooks(on_compile=compiling, advance=advance))
+    with progress(total, shown=not options.quiet) as meter:
+        on_compile = None if options.quiet else compiling
+        return api.run_plan(plan, out, options, api.Hooks(on_compile=on_compile, advance=meter, opened=meter.opened))
 
 
 def main() -> None:

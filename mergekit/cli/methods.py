@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 _WIDTH = 100
 
 
+def _names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The methods that begin so, for a shell to complete."""
+    from mergekit.methods import method_names
+
+    return [name for name in method_names() if name.startswith(incomplete)]
+
+
 @click.command("methods", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_names)
 @click.option(
     "--method-file",
     "method_files",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import program, say
+from mergekit.cli.boundary import as_events, event, program, say, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.plan import plan_lines, report
 from mergekit.cli.progress import progress
-from mergekit.cli.show import size
+from mergekit.cli.run import announce, conclude, events_option
 from mergekit.errors import UsageError
 from mergekit.options import add_merge_options
 from mergekit.version import __version__
@@ -29,8 +29,8 @@ _QUANTISED = (
 @click.command(
     "moe", cls=MergeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.argument("config_path")
-@click.argument("out_path")
+@click.argument("config_path", type=click.Path())
+@click.argument("out_path", type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is written.")
 @click.option(
     "--verify/--no-verify",
@@ -45,6 +45,7 @@ _QUANTISED = (
 )
 @click.option("--load-in-4bit", is_flag=True, help="Accepted; calibration streams full precision anyway.")
 @click.option("--load-in-8bit", is_flag=True, help="Accepted; calibration streams full precision anyway.")
+@events_option
 @click.version_option(__version__, prog_name="mergekit")
 @click.pass_context
 @add_merge_options
@@ -57,6 +58,7 @@ def moe(
     allow_all_same: bool,
     load_in_4bit: bool,
     load_in_8bit: bool,
+    events: bool,
     merge_options: Any,
 ) -> None:
     """Make a mixture of experts from the models of the recipe CONFIG_PATH (YAML), in the folder OUT_PATH.
@@ -65,6 +67,7 @@ def moe(
     """
     from mergekit import api
 
+    as_events(events)
     started = time.monotonic()
     options = merge_options.run_options()
     quiet = merge_options.quiet
@@ -81,18 +84,14 @@ def moe(
     notes = merge_options.given_without_effect()
     bits = [bits for bits, on in ((4, load_in_4bit), (8, load_in_8bit)) if on]
     notes += [f"--load-in-{n}bit changes nothing: {_QUANTISED}" for n in bits]
-    if dry_run:
-        click.echo("\n".join(plan_lines(made.plan, options)))
+    announce(made.plan, options, dry_run=dry_run)
     report(made.plan, notes=() if quiet else [*notes, *made.plan.notes])
     if dry_run:
         return
-    if merge_options.verbosity and not quiet:
+    if merge_options.verbosity and not quiet and not events:
         say("\n".join(plan_lines(made.plan, options)))
     _execute(made, Path(out_path), options, choices, quiet)
-    if not quiet:
-        seconds = time.monotonic() - started
-        plan = made.plan
-        say(f"wrote {out_path}: {plan.parameters:,} parameters, {size(plan.bytes_written)}, in {seconds:.1f} s")
+    conclude(made.plan, out_path, time.monotonic() - started, quiet=quiet)
 
 
 def _execute(made: MoePlan, out: Path, options: Any, choices: Any, quiet: bool) -> None:
@@ -101,11 +100,13 @@ def _execute(made: MoePlan, out: Path, options: Any, choices: Any, quiet: bool) 
 
     stage = (lambda text: None) if quiet else say
     total = sum(output.nbytes for output in made.plan.outputs)
-    with progress(total, shown=not quiet) as advance:
-        outcome = api.run_moe_plan(made, out, options, choices, stage=stage, advance=advance)
+    with progress(total, shown=not quiet) as meter:
+        outcome = api.run_moe_plan(made, out, options, choices, stage=stage, advance=meter, opened=meter.opened)
     for text in outcome.remarks:
-        say(f"warning: {text}")
-    if not quiet:
+        tell("warning", text)
+    if as_events():
+        event("report", lines=outcome.lines)
+    elif not quiet:
         for line in outcome.lines:
             click.echo(line)
 

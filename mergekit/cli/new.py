@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("new", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("models", type=click.Path(), nargs=-1, metavar="[MODEL]...")
 @click.option("--base", metavar="MODEL", help="The model that the others were made from.")
 @click.option("--method", metavar="NAME", help="The merge method (default: what suits the models).")
 @click.option("-o", "--output", type=Path, metavar="FILE", help="Where to write the recipe (default: recipe.yml).")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import plain, say
+from mergekit.cli.boundary import plain, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.show import size
 from mergekit.options import add_merge_options
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command(
     "plan", cls=MergeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.argument("config_file")
+@click.argument("config_file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print everything, tensor by tensor, as JSON.")
 @add_merge_options
 def plan(config_file: str, as_json: bool, merge_options: Any) -> None:
@@ -46,11 +46,11 @@ def report(plan: Plan, *, notes: Iterable[str]) -> None:
     from mergekit import api
 
     for text in plan.warnings:
-        say(f"warning: {text}")
+        tell("warning", text)
     if slow := api.slow_part(plan):
-        say(f"note: {slow}")
+        tell("note", slow)
     for text in notes:
-        say(f"note: {text}")
+        tell("note", text)
 
 
 def _small_files(plan: Plan) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["size", "sparkline", "table"]
+__all__ = ["duration", "size", "sparkline", "table"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -22,6 +22,17 @@ def size(nbytes: float) -> str:
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
     return f"{nbytes / 1000:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time with a unit: seconds, then minutes, then hours.
+
+    >>> duration(4.4), duration(200), duration(9000)
+    ('4 s', '3 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int | None = None) -> list[str]:

@@ -23,8 +23,8 @@ def tokenizer() -> None:
 
 
 @tokenizer.command("diff", context_settings=_SETTINGS)
-@click.argument("first")
-@click.argument("second")
+@click.argument("first", type=click.Path())
+@click.argument("second", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print everything, token by token, as JSON.")
 @click.option("--all", "show_all", is_flag=True, help=f"Print all tokens, not only the first {_SHOWN} of each kind.")
 @click.option("--cache-dir", type=Path, metavar="PATH", help="Where files of hub models are kept.")

@@ -19,7 +19,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.command("verify", context_settings=_SETTINGS)
-@click.argument("folder")
+@click.argument("folder", type=click.Path())
 @click.option("--load", is_flag=True, help="Load it with transformers and let it continue a text, too.")
 @click.option("--sha256", is_flag=True, help="Print the SHA-256 of each file, too.")
 @click.option("--trust-remote-code", is_flag=True, help="With --load: run the code that lies in the folder.")
@@ -56,7 +56,7 @@ def verify(
 
 
 @click.command("reproduce", context_settings=_SETTINGS)
-@click.argument("folder")
+@click.argument("folder", type=click.Path())
 @click.option("-j", "--num-threads", type=click.IntRange(1), help="Threads (default: one for each processor).")
 @click.option("--transformers-cache", type=Path, metavar="PATH", help="Cache folder for hub downloads.")
 @click.option("--method-file", type=Path, multiple=True, help="Python file that defines merge methods; it is run.")

@@ -40,17 +40,23 @@ def run_threads(
     threads: int | None = None,
     block: int | None = None,
     advance: Advance = lambda nbytes: None,
+    opened: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Compute ``outputs`` (default: all) of ``plan`` into ``sink``; the first fault stops all workers and is raised.
 
-    ``advance`` is told of the bytes of each finished range of the result. ``block`` overrides the elements per block.
+    ``advance`` is told of the bytes of each finished range of the result, ``opened`` of each tensor that is begun;
+    both by any thread. ``block`` overrides the elements per block.
     """
     if kernels is None:
         from mergekit.kernels import cpu as kernels
     with Inputs(plan.sources) as inputs:
         tensors = plan.outputs if outputs is None else outputs
-        works = (make_work(output, plan, inputs, kernels, sink, block) for output in tensors)
-        run_works(works, threads=threads, advance=advance)
+
+        def make(output: OutputTensor) -> Work:
+            opened(output.name)
+            return make_work(output, plan, inputs, kernels, sink, block)
+
+        run_works(map(make, tensors), threads=threads, advance=advance)
 
 
 def run_works(works: Iterator[Work], *, threads: int | None = None, advance: Advance = lambda nbytes: None) -> None:

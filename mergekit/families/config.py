@@ -72,6 +72,24 @@ def has_no_head(config: Mapping[str, Any]) -> bool:
     return name.endswith("Model") and not name.endswith("HeadModel")
 
 
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads a model by its config: by what its architecture is called.
+
+    >>> auto_class({"architectures": ["Phi3ForCausalLM"]})
+    'AutoModelForCausalLM'
+    """
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    if name.endswith("LMHeadModel"):
+        return "AutoModelForCausalLM"
+    heads = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForImageTextToText")
+    text_to_text = is_encoder_decoder(config) and name.endswith("ForConditionalGeneration")
+    return next(
+        (f"AutoModel{head}" for head in heads if name.endswith(head)),
+        "AutoModelForSeq2SeqLM" if text_to_text else "AutoModel",
+    )
+
+
 def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
     """Whether the model has an encoder and a decoder, so that "layer 3" could be in either."""
     return bool(language_section(config).get("is_encoder_decoder") or config.get("is_encoder_decoder"))
