@@ -248,7 +248,7 @@ def test_the_flags_are_frozen():
     assert flags(plan_command) == {*FLAGS, "--json"}
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--json", "--version"}
     assert list(_COMMANDS) == [
-        "new", "merge", "moe", "lora", "plan", "inspect", "diff", "tokenizer", "methods", "verify",
+        "new", "merge", "moe", "lora", "plan", "explain", "inspect", "diff", "tokenizer", "methods", "verify",
         "reproduce", "warmup", "completion",
     ]  # fmt: skip
 

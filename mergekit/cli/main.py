@@ -15,6 +15,7 @@ _COMMANDS = {
     "moe": "Make a mixture of experts from dense models.",
     "lora": "Bake LoRA adapters into models.",
     "plan": "Print what merging a recipe would do.",
+    "explain": "Show which value each parameter takes for which tensor, and why.",
     "inspect": "Show what a model is, from its headers.",
     "diff": "Show how models differ, before merging them.",
     "tokenizer": "Compare the tokenizers of models.",

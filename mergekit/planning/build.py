@@ -11,7 +11,7 @@ from mergekit.errors import IncompatibleError, some_of
 from mergekit.methods import source_digest
 from mergekit.planning.agree import disagreements
 from mergekit.planning.document import make_config
-from mergekit.planning.express import Expresser
+from mergekit.planning.express import Expresser, Listener
 from mergekit.planning.expression import leaves
 from mergekit.planning.models import Models, check_architectures, open_recipe
 from mergekit.planning.pack import pack
@@ -42,14 +42,17 @@ class PlanOptions:
     quiet: bool = False
 
 
-def build_plan(recipe: Recipe, options: PlanOptions) -> Plan:
-    """Everything a run of ``recipe`` will do, from headers and small files only. Refuses what can't be done."""
+def build_plan(recipe: Recipe, options: PlanOptions, listener: Listener | None = None) -> Plan:
+    """Everything a run of ``recipe`` will do, from headers and small files only. Refuses what can't be done.
+
+    ``listener`` hears where the values of parameters come from.
+    """
     models = open_recipe(recipe, cache_dir=options.cache_dir, quiet=options.quiet, fetch=options.fetch)
     warnings = [*recipe.warnings, *models.warnings]
     warnings += check_architectures(models, allow_crimes=options.allow_crimes)
     slots = find_slots(recipe, models)
     alignment = align_vocabularies(recipe, models)
-    expresser = Expresser(recipe, models, alignment, options.unsafe_truncate_embeddings)
+    expresser = Expresser(recipe, models, alignment, options.unsafe_truncate_embeddings, listener)
     _check_relatives(models, slots)
     made = [tensor for slot in slots.slots if (tensor := expresser.make(slot)) is not None]
     if not made:

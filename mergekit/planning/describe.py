@@ -27,7 +27,7 @@ from mergekit.planning.expression import (
 )
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["Group", "describe", "groups", "kind_of_merge", "made_of", "plan_html"]
+__all__ = ["Group", "action_of", "describe", "groups", "kind_of_merge", "made_of", "plan_html"]
 
 
 @dataclass(slots=True)
@@ -66,6 +66,11 @@ def _add(group: Group, output: OutputTensor) -> None:
     if isinstance(output.expression, Apply):
         for name, value in output.expression.settings.items():
             group.parameters.setdefault(name, []).append(value)
+
+
+def action_of(expression: Expression) -> str:
+    """What is done to make a tensor, in a word or two: a method's name, ``copy``, ``dequantize, cast``."""
+    return _action(expression)[0]
 
 
 def _action(expression: Expression) -> tuple[str, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from mergekit.families.config import vocab_size
 from mergekit.families.layout import is_embedding, is_head, is_per_token
 from mergekit.methods import Flag, Method, ParameterError, get_method
 from mergekit.methods.guard import guarded, rehearse
+from mergekit.methods.spec import Parameter
 from mergekit.methods.spectral import matrix_shape
 from mergekit.planning.expression import Apply, Expression, Identical, Leaf, Read, Split
 from mergekit.planning.leaf import cast, leaf_of
@@ -25,8 +26,10 @@ from mergekit.recipe.resolve import InputScope, MissingParameterError, resolve_p
 from mergekit.recipe.settings import evaluate_setting
 from mergekit.refs import ModelReference
 
-__all__ = ["Expresser", "Made", "cast"]
+__all__ = ["Expresser", "Listener", "Made", "cast"]
 
+Listener = Callable[[Slot, Parameter, int | None, Any, Mapping[str, Any] | None, tuple[str | int, ...]], None]
+"""Hears of each value that is resolved: as ``recipe.resolve.Told``, with the slot first and models by position."""
 _HALFWAY = 0.5
 """The t of ``embed_slerp`` where a recipe gives none."""
 
@@ -53,6 +56,7 @@ class Expresser:
     models: Models
     alignment: Alignment | None
     truncate: bool
+    listener: Listener | None = None
     warnings: dict[str, list[str]] = field(default_factory=dict)
     rows: int | None = None
     _by_model: dict[ModelReference, Any] = field(default_factory=dict)
@@ -231,9 +235,15 @@ class Expresser:
             )
             for i in order
         ]
+
+        def told(parameter: Parameter, index: int | None, value: Any, scope: Any, path: tuple[str | int, ...]) -> None:
+            if self.listener is not None:
+                model = None if index is None else present[order[index]].model
+                self.listener(slot, parameter, model, value, scope, path)
+
         try:
             outer = slot.outer if method is self.recipe.method else (*slot.outer, {"t": _HALFWAY})
-            return resolve_parameters(method, slot.name, slot.t, scopes, slot.scope, outer)
+            return resolve_parameters(method, slot.name, slot.t, scopes, slot.scope, outer, told)
         except MissingParameterError as error:
             whose = "" if error.index is None else f" for {self.models[present[order[error.index]].model].reference}"
             where = (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit.methods.spec import REQUIRED, Method, Parameter
-from mergekit.recipe.settings import evaluate_setting
+from mergekit.recipe.settings import evaluate_setting, first_match
 
-__all__ = ["InputScope", "MissingParameterError", "resolve_parameters"]
+__all__ = ["InputScope", "MissingParameterError", "Told", "resolve_parameters"]
 
 Scope = Mapping[str, Any]
+Told = Callable[[Parameter, int | None, Any, Scope | None, tuple[str | int, ...]], None]
+"""Hears of each value: its parameter, the input that has it (None: all), the value, and where it comes from: the scope
+(None: the default) and the path inside the scope's setting."""
 
 
 class MissingParameterError(LookupError):
@@ -40,36 +43,39 @@ def resolve_parameters(
     inputs: Sequence[InputScope],
     slice_scope: Scope,
     outer: Sequence[Scope],
+    told: Told = lambda *origin: None,
 ) -> dict[str, Any]:
     """The values of a method's parameters and options for one output tensor, by the keyword of its function.
 
     Shared parameters match filters against the output name ``tensor``, per-model ones against the name in that
     model. Precedence: the input's own scope, the slice, ``input_model_parameters``, then ``outer`` (the module's and
-    the top level's parameters), then the default. ``t`` is the depth in [0, 1].
+    the top level's parameters), then the default. ``t`` is the depth in [0, 1]. ``told`` hears where values come from.
     """
     values: dict[str, Any] = {}
     for parameter in (*method.params, *method.options):
         if not parameter.used:
             continue
         if parameter.scope == "once":
-            values[parameter.argument] = _first(parameter, tensor, t, [slice_scope, *outer], None)
+            values[parameter.argument] = _first(parameter, tensor, t, [slice_scope, *outer], None, told)
             continue
         members = []
         for index, source in enumerate(inputs):
             if parameter.scope == "each" and source.is_base:
                 continue
             scopes = [source.own, slice_scope, source.by_model, *outer]
-            members.append(_first(parameter, source.tensor, t, scopes, index))
+            members.append(_first(parameter, source.tensor, t, scopes, index, told))
         values[parameter.argument] = tuple(members)
     return values
 
 
-def _first(parameter: Parameter, tensor: str, t: float, scopes: Sequence[Scope], index: int | None) -> Any:
+def _first(parameter: Parameter, tensor: str, t: float, scopes: Sequence[Scope], index: int | None, told: Told) -> Any:
     for scope in scopes:
         if parameter.name in scope:
             value = evaluate_setting(tensor, scope[parameter.name], t, parameter.kind)
             if value is not None:
+                told(parameter, index, value, scope, first_match(scope[parameter.name], tensor)[1])
                 return value
     if parameter.default is REQUIRED:
         raise MissingParameterError(parameter.name, index)
+    told(parameter, index, parameter.default, None, ())
     return parameter.default
