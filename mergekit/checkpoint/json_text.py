@@ -12,8 +12,10 @@ __all__ = ["parse_json"]
 _MOST_CONTAINERS, _MOST_ENTRIES = 2_000_000, 5_000_000
 """A tokenizer of 250,000 tokens with its merges has a third of that, a header of 200,000 tensors half."""
 _DEEPEST = 100
+_LARGEST = 1 << 1000
+"""What still fits into a floating point number."""
 _WALKED = 1 << 22
-"""Bytes up to which the depth is looked at. Larger files are tokenizers and indices, of which two levels are used."""
+"""Bytes up to which depth and numbers are looked at. Larger files are tokenizers and indices, of which two levels are used."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a character beyond the first 65,536: without the other half it can't be written again."""
 
@@ -35,17 +37,19 @@ def parse_json(raw: bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | 
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (UnicodeEncodeError, RecursionError):
             raise ValueError("it holds half of a surrogate pair") from None
-    if len(raw) < _WALKED and _is_deep(value):
-        raise ValueError("nested too deeply")
+    if len(raw) < _WALKED:
+        _check(value)
     return value
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether a value is nested deeper than any that we would pass on."""
+def _check(value: Any) -> None:
+    """Refuse what is nested deeper, or a larger number, than any that we would pass on."""
     level = [value]
     for _ in range(_DEEPEST):
+        if any(isinstance(item, int) and not -_LARGEST < item < _LARGEST for item in level):
+            raise ValueError("it holds a number of hundreds of digits")
         containers = [item for item in level if isinstance(item, (dict, list))]
         if not containers:
-            return False
+            return
         level = [part for item in containers for part in (item.values() if isinstance(item, dict) else item)]
-    return True
+    raise ValueError("nested too deeply")
