@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke hostile lint types format bench matrix docs clean
+.PHONY: help setup demo test smoke hostile lint types format bench matrix docs site clean
 
 help: ## list the recipes
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench: $(READY) ## time a 1.1B-parameter merge against moving its bytes
 
 matrix: $(READY) ## every family with every method (minutes)
 	$(BIN)/python -m pytest -m matrix tests/test_families.py
+
+site: $(READY) ## build the documentation as a site in docs/_build; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs docs/_build
 
 docs: $(READY) ## write the generated parts of the documentation
 	$(BIN)/python docs/generate.py

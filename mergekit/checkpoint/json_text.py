@@ -15,7 +15,7 @@ _DEEPEST = 100
 _LARGEST = 1 << 1000
 """What still fits into a floating point number."""
 _WALKED = 1 << 22
-"""Bytes up to which depth and numbers are looked at. Larger files are tokenizers and indices, of which two levels are used."""
+"""Bytes up to which depth and numbers are looked at. Larger files are tokenizers and indices: two levels are used."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a character beyond the first 65,536: without the other half it can't be written again."""
 

@@ -38,7 +38,7 @@ class Meter:
     def __init__(self, total: int, what: str) -> None:
         self.total, self.what = total, what
         self.done, self.tensor = 0, ""
-        self.started = time.monotonic()
+        self.started = 0.0
         self._lock = threading.Lock()
         self._samples: deque[tuple[float, int]] = deque(maxlen=4096)
 
@@ -46,6 +46,7 @@ class Meter:
         """``nbytes`` more are done."""
         with self._lock:
             self.done += nbytes
+            self.started = self.started or time.monotonic()  # what comes before the first bytes does not count
             self._samples.append((time.monotonic(), self.done))
             self.show()
 
