@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from schema import merge_schema, moe_schema, reference_page
+
 from mergekit.methods import Method, describe, get_method, method_names
 from mergekit.methods.spec import DELTA_OPTIONS, Parameter
 from mergekit.options import OPTIONS
@@ -113,6 +115,9 @@ def pages() -> dict[Path, str]:
         **{folder / f"{name}.md": method_page(get_method(name)) for name in method_names()},
         ROOT / "docs" / "options.md": options_page(),
         ROOT / "docs" / "errors.md": errors_page(),
+        ROOT / "docs" / "recipe-reference.md": reference_page(_HEAD),
+        ROOT / "docs" / "recipe.schema.json": merge_schema(),
+        ROOT / "docs" / "moe.schema.json": moe_schema(),
         readme: between(readme.read_text(), "methods", methods_table()),
     }
 

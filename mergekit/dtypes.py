@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["BY_CODE", "DType", "promote", "recipe_dtype"]
+__all__ = ["BY_CODE", "DType", "promote", "recipe_dtype", "recipe_dtypes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,11 @@ def recipe_dtype(text: str) -> DType | None:
     'F16'
     """
     return _RECIPE_NAMES.get(text.removeprefix("torch."))
+
+
+def recipe_dtypes() -> tuple[str, ...]:
+    """The names that recipes may use, without ``torch.`` before them."""
+    return tuple(_RECIPE_NAMES)
 
 
 def promote(dtypes: Iterable[DType]) -> DType:

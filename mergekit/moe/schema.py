@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mergekit.recipe.schema import Dtype, Parameters, Reference, Strict, Whole
+from mergekit.recipe.schema import Dtype, Parameters, Reference, Seed, Strict, Whole
 
 __all__ = ["GATE_MODES", "RANDOM_MODES", "Expert", "MoeConfiguration", "SharedMerge"]
 
@@ -21,40 +21,59 @@ class Expert(Strict):
     ``noise_scale``: standard deviation of noise added to the MLP; ``residual_scale``: factor on ``down_proj``.
     """
 
-    source_model: Reference
-    positive_prompts: list[str] | None = None
-    negative_prompts: list[str] | None = None
-    held_out_prompts: list[str] | None = None
-    positive_prompts_file: str | None = None
-    negative_prompts_file: str | None = None
-    held_out_prompts_file: str | None = None
-    noise_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    residual_scale: float | None = Field(default=None, allow_inf_nan=False)
+    source_model: Reference = Field(description="the model whose MLPs become the expert")
+    positive_prompts: list[str] | None = Field(default=None, description="texts that the expert is for")
+    negative_prompts: list[str] | None = Field(default=None, description="texts that it is not for")
+    held_out_prompts: list[str] | None = Field(default=None, description="texts that only measure the routing")
+    positive_prompts_file: str | None = Field(
+        default=None, description="the same, in a file beside the recipe: .txt or .jsonl"
+    )
+    negative_prompts_file: str | None = Field(
+        default=None, description="the same, in a file beside the recipe: .txt or .jsonl"
+    )
+    held_out_prompts_file: str | None = Field(
+        default=None, description="the same, in a file beside the recipe: .txt or .jsonl"
+    )
+    noise_scale: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="standard deviation of noise added to the MLP"
+    )
+    residual_scale: float | None = Field(default=None, allow_inf_nan=False, description="factor on down_proj")
 
 
 class SharedMerge(Strict):
     """How the weights that all experts share are merged: any merge method, by default over the experts' models."""
 
-    merge_method: str
-    models: list[dict[str, Any]] | None = None
-    parameters: Parameters | None = None
+    merge_method: str = Field(description="any merge method")
+    models: list[dict[str, Any]] | None = Field(
+        default=None, description="the models to merge (default: those of the experts)"
+    )
+    parameters: Parameters | None = Field(default=None, description="parameters of the method")
 
 
 class MoeConfiguration(Strict):
     """A whole recipe of a mixture."""
 
-    base_model: Reference
-    experts: list[Expert] = Field(min_length=1)
-    shared_experts: list[Expert] | None = None
-    gate_mode: str = "router_input"
-    experts_per_token: Whole = Field(default=2, ge=1)
-    architecture: str | None = None
-    attention: Literal["base", "average"] | SharedMerge = "base"
-    dtype: Dtype = None
-    apply_chat_template: bool = False
-    allow_partial_adapters: bool = False
-    base_quantization: Literal["none", "nf4", "nf4-double", "fp4", "auto"] = "none"
-    seed: Whole | None = Field(default=None, ge=0, lt=1 << 63)
+    base_model: Reference = Field(description="gives attention, norms, embeddings, head, config and tokenizer")
+    experts: list[Expert] = Field(min_length=1, description="the experts, in order")
+    shared_experts: list[Expert] | None = Field(
+        default=None,
+        description="experts that every token goes through; refused where the architecture has no place for them",
+    )
+    gate_mode: str = Field(default="router_input", description="how routers are made")
+    experts_per_token: Whole = Field(default=2, ge=1, description="how many experts a token goes through")
+    architecture: str | None = Field(default=None, description="mixtral or phi3moe")
+    attention: Literal["base", "average"] | SharedMerge = Field(
+        default="base", description="where everything but the experts comes from: base, average, or a merge"
+    )
+    dtype: Dtype = Field(default=None, description="element type of the result")
+    apply_chat_template: bool = Field(default=False, description="write prompts as a user's messages")
+    allow_partial_adapters: bool = Field(
+        default=False, description="accept that experts can't hold an adapter's attention"
+    )
+    base_quantization: Literal["none", "nf4", "nf4-double", "fp4", "auto"] = Field(
+        default="none", description="to what models below adapters are quantised first"
+    )
+    seed: Seed | None = Field(default=None, description="seed of random gate modes and of noise")
 
     @field_validator("gate_mode")
     @classmethod

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from mergekit.dtypes import recipe_dtype
+from mergekit.dtypes import recipe_dtype, recipe_dtypes
 from mergekit.errors import RecipeError
 from mergekit.recipe.settings import setting_fault
 from mergekit.refs import ModelReference
@@ -82,18 +91,69 @@ def _rounding(value: object) -> object:
     return value
 
 
+_PATH = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"path": {"type": "string"}, "revision": {"type": ["string", "null"]}},
+            "required": ["path"],
+            "additionalProperties": False,
+        },
+    ]
+}
+_REFERENCE = {
+    "description": "a model: a folder or a name on the hub, as path[@revision][+adapter[@revision]] or a mapping",
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "object",
+            "properties": {"model": _PATH, "lora": _PATH, "override_architecture": {"type": "string"}},
+            "required": ["model"],
+            "additionalProperties": False,
+        },
+    ],
+}
+_SCALAR = {"type": ["number", "boolean", "string"]}
+_VALUE = {"anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]}
+_CONDITION = {
+    "type": "object",
+    "properties": {"value": _VALUE, "filter": {"type": ["string", "null"]}},
+    "required": ["value"],
+    "additionalProperties": False,
+}
+_SETTING = {"anyOf": [*_VALUE["anyOf"], _CONDITION, {"type": "array", "items": _CONDITION}]}
+"""What editors are told of types that only validators know."""
+
 ScalarOrGradient = float | int | bool | str | list[float | int | bool | str]
-Reference = Annotated[ModelReference, BeforeValidator(_reference), PlainSerializer(lambda r: r.dump(), return_type=Any)]
-ParameterSetting = Annotated[Any, BeforeValidator(_setting)]
+Reference = Annotated[
+    ModelReference,
+    BeforeValidator(_reference),
+    PlainSerializer(lambda r: r.dump(), return_type=Any),
+    WithJsonSchema(_REFERENCE),
+]
+ParameterSetting = Annotated[Any, BeforeValidator(_setting), WithJsonSchema(_SETTING)]
 Parameters = dict[str, ParameterSetting]
-Dtype = Annotated[str | None, BeforeValidator(_dtype)]
-BaseQuantization = Annotated[str, BeforeValidator(_base_quantization)]
+Dtype = Annotated[
+    str | None,
+    BeforeValidator(_dtype),
+    WithJsonSchema({"enum": [*recipe_dtypes(), *(f"torch.{name}" for name in recipe_dtypes()), None]}),
+]
+BaseQuantization = Annotated[
+    str, BeforeValidator(_base_quantization), WithJsonSchema({"enum": ["none", "nf4", "nf4-double", "fp4", "auto"]})
+]
 """To what the models below adapters are quantised before the adapters are baked onto them."""
-Rounding = Annotated[str, BeforeValidator(_rounding)]
+Rounding = Annotated[str, BeforeValidator(_rounding), WithJsonSchema({"enum": ["nearest", "stochastic"]})]
 """How results become 16-bit numbers."""
 Whole = Annotated[int, BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63), BeforeValidator(_whole)]
+Multiple = Annotated[int, Field(gt=0, le=1 << 16), BeforeValidator(_whole)]
 ReferenceText = Annotated[str, BeforeValidator(_reference_text)]
-TokenizerSource = Annotated[Any, BeforeValidator(_tokenizer_source)]
+TokenizerSource = Annotated[
+    Any,
+    BeforeValidator(_tokenizer_source),
+    WithJsonSchema({"anyOf": [{"enum": ["base", "union"]}, *_REFERENCE["anyOf"]]}),
+]
 
 
 class Strict(BaseModel):
@@ -105,23 +165,25 @@ class Strict(BaseModel):
 class ConditionalParameter(Strict):
     """A value for the tensors whose name contains ``filter`` (all, where there is none)."""
 
-    value: Any
-    filter: str | None = None
+    value: Any = Field(description="a scalar, or a gradient")
+    filter: str | None = Field(
+        default=None, description="a part of the names of the tensors that it is for; none, or *: all"
+    )
 
 
 class InputModelDefinition(Strict):
     """One entry of ``models:``."""
 
-    model: Reference
-    parameters: Parameters | None = None
+    model: Reference = Field(description="the model")
+    parameters: Parameters | None = Field(default=None, description="parameters of this model")
 
 
 class InputSliceDefinition(Strict):
     """One source of an output slice: the layers ``layer_range = [start, end)`` of a model."""
 
-    model: Reference
-    layer_range: tuple[Whole, Whole]
-    parameters: Parameters | None = None
+    model: Reference = Field(description="the model")
+    layer_range: tuple[Whole, Whole] = Field(description="layers to take: the first, and one past the last")
+    parameters: Parameters | None = Field(default=None, description="parameters of this model in this slice")
 
     @field_validator("layer_range")
     @classmethod
@@ -135,18 +197,20 @@ class InputSliceDefinition(Strict):
 class OutputSliceDefinition(Strict):
     """One entry of ``slices:``: sources of equal length, merged layer by layer."""
 
-    sources: list[InputSliceDefinition] = Field(min_length=1)
-    base_model: Reference | None = None
-    parameters: Parameters | None = None
-    residual_weight: float | None = None
+    sources: list[InputSliceDefinition] = Field(
+        min_length=1, description="models whose layers are merged with each other, as many of each"
+    )
+    base_model: Reference | None = Field(default=None, description="the base in this slice")
+    parameters: Parameters | None = Field(default=None, description="parameters of this slice")
+    residual_weight: float | None = Field(default=None, description="accepted, changes nothing")
 
 
 class OutputModuleDefinition(Strict):
     """One entry of ``modules:``: a part of a model with its own slices or models."""
 
-    slices: list[OutputSliceDefinition] | None = None
-    models: list[InputModelDefinition] | None = None
-    parameters: Parameters | None = None
+    slices: list[OutputSliceDefinition] | None = Field(default=None, description="ranges of layers, stacked")
+    models: list[InputModelDefinition] | None = Field(default=None, description="whole models")
+    parameters: Parameters | None = Field(default=None, description="parameters of this module")
 
     @model_validator(mode="after")
     def _one_source(self) -> OutputModuleDefinition:
@@ -158,36 +222,54 @@ class OutputModuleDefinition(Strict):
 class TokenEntry(Strict):
     """What one token of the output vocabulary is made of."""
 
-    source: Any = None
-    force: bool = False
+    source: Any = Field(
+        default=None,
+        description="whose row the token takes: a model, or a mapping with kind zero, model or model_token",
+    )
+    force: bool = Field(default=False, description="take it even where a model has a row of its own")
 
 
 class TokenizerConfig(Strict):
     """The ``tokenizer:`` section."""
 
-    source: TokenizerSource = "union"
-    tokens: dict[str, TokenEntry] | None = None
-    pad_to_multiple_of: Whole | None = Field(default=None, gt=0, le=1 << 16)
+    source: TokenizerSource = Field(
+        default="union", description="whose vocabulary the result has: base, union, or a model"
+    )
+    tokens: dict[str, TokenEntry] | None = Field(default=None, description="what single tokens are made of, by token")
+    pad_to_multiple_of: Multiple | None = Field(default=None, description="rows of the embeddings: a multiple of this")
 
 
 class MergeConfiguration(Strict):
     """A whole recipe. Exactly one of ``models``, ``slices`` and ``modules`` is given."""
 
-    merge_method: str
-    models: list[InputModelDefinition] | None = None
-    slices: list[OutputSliceDefinition] | None = None
-    modules: dict[str, OutputModuleDefinition] | None = None
-    base_model: Reference | None = None
-    parameters: Parameters | None = None
-    input_model_parameters: dict[ReferenceText, Parameters] | None = None
-    dtype: Dtype = None
-    out_dtype: Dtype = None
-    tokenizer_source: TokenizerSource | None = None
-    tokenizer: TokenizerConfig | None = None
-    chat_template: str | None = None
-    seed: Whole | None = Field(default=None, ge=0, lt=1 << 63)
-    base_quantization: BaseQuantization = "none"
-    rounding: Rounding = "nearest"
+    merge_method: str = Field(description="how models are merged")
+    models: list[InputModelDefinition] | None = Field(default=None, description="whole models to merge")
+    slices: list[OutputSliceDefinition] | None = Field(default=None, description="ranges of layers, stacked")
+    modules: dict[str, OutputModuleDefinition] | None = Field(
+        default=None, description="parts of a model by name; only the one called default is built yet"
+    )
+    base_model: Reference | None = Field(
+        default=None,
+        description="the origin of task vectors; also gives config, tokenizer and the names of tensors",
+    )
+    parameters: Parameters | None = Field(default=None, description="parameters of everything")
+    input_model_parameters: dict[ReferenceText, Parameters] | None = Field(
+        default=None, description="parameters by model"
+    )
+    dtype: Dtype = Field(default=None, description="element type of the result")
+    out_dtype: Dtype = Field(default=None, description="the same; wins over dtype")
+    tokenizer_source: TokenizerSource | None = Field(
+        default=None, description="whose vocabulary the result has: base, union, or a model"
+    )
+    tokenizer: TokenizerConfig | None = Field(default=None, description="the same, with settings for single tokens")
+    chat_template: str | None = Field(
+        default=None, description="auto, a name such as chatml, or the text of a Jinja template"
+    )
+    seed: Seed | None = Field(default=None, description="seed of random methods")
+    base_quantization: BaseQuantization = Field(
+        default="none", description="to what models below adapters are quantised first"
+    )
+    rounding: Rounding = Field(default="nearest", description="how results become 16-bit numbers")
 
     @model_validator(mode="after")
     def _one_form(self) -> MergeConfiguration:
