@@ -226,7 +226,7 @@ FLAGS = """
 --lazy-unpickle --no-lazy-unpickle --lora-merge-cache --lora-merge-dtype --low-cpu-memory --no-low-cpu-memory
 --max-memory --method-file --multi-gpu --no-multi-gpu --num-threads -j --out-shard-size --overwrite --no-overwrite
 --quiet --no-quiet
---random-seed --read-to-gpu --no-read-to-gpu --restart --no-restart --safe-serialization --no-safe-serialization
+--random-seed --read-to-gpu --no-read-to-gpu --report --no-report --restart --no-restart --safe-serialization --no-safe-serialization
 --stats --no-stats --transformers-cache --trust-remote-code --no-trust-remote-code --unsafe-truncate-embeddings
 --no-unsafe-truncate-embeddings --verbose -v --write-model-card --no-write-model-card --write-threads
 """.split()  # noqa: SIM905
