@@ -225,8 +225,8 @@ FLAGS = """
 --no-clone-tensors --copy-tokenizer --no-copy-tokenizer --cuda --no-cuda --device --gpu-rich --no-gpu-rich
 --lazy-unpickle --no-lazy-unpickle --lora-merge-cache --lora-merge-dtype --low-cpu-memory --no-low-cpu-memory
 --max-memory --method-file --multi-gpu --no-multi-gpu --num-threads -j --out-shard-size --overwrite --no-overwrite
---quiet --no-quiet
---random-seed --read-to-gpu --no-read-to-gpu --report --no-report --restart --no-restart --safe-serialization --no-safe-serialization
+--quiet --no-quiet --report --no-report
+--random-seed --read-to-gpu --no-read-to-gpu --restart --no-restart --safe-serialization --no-safe-serialization
 --stats --no-stats --transformers-cache --trust-remote-code --no-trust-remote-code --unsafe-truncate-embeddings
 --no-unsafe-truncate-embeddings --verbose -v --write-model-card --no-write-model-card --write-threads
 """.split()  # noqa: SIM905
@@ -273,7 +273,7 @@ def test_old_commands_are_accepted_in_full():
     assert mergekit_yaml("r.yml", "out", *args).code == 0
     assert {flag for flag in FLAGS if not flag.startswith("--no-")} <= {
         *COMMON, "--cuda", "--gpu-rich", "--verbose", "--overwrite", "--restart", "--allow-nonfinite", "--stats",
-        "--method-file", "--max-memory",
+        "--method-file", "--report", "--max-memory",
     }  # fmt: skip
 
 
