@@ -249,12 +249,17 @@ def feeding(data: ReportData) -> Grid | None:
     is_plain = all(list(found) == [int(row)] for (row, _), found in layers.items() if row.isdecimal())
     if not layers or (is_plain and len(layers) == len(rows) * len(models)):
         return None
-    cells = {
-        (row, data.names[model]): (float(model), ", ".join(map(str, found))) for (row, model), found in layers.items()
-    }
+    names = _ends(data.names)
+    cells = {(row, names[model]): (float(model), ", ".join(map(str, found))) for (row, model), found in layers.items()}
     note = "A row is a layer of the result; the number is that of the layer it is taken from."
-    names = [data.names[model] for model in sorted(models)]
-    return _grid("Where each layer comes from", note, rows, names, cells, (0.0, len(data.models) - 1.0), "models")
+    columns = [names[model] for model in sorted(models)]
+    return _grid("Where each layer comes from", note, rows, columns, cells, (0.0, len(data.models) - 1.0), "models")
+
+
+def _ends(names: Sequence[str]) -> Sequence[str]:
+    """What stands after the last slash of each name, where that tells them apart: columns are narrow."""
+    ends = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    return ends if len(set(ends)) == len(set(names)) else names
 
 
 # Routing
@@ -265,7 +270,7 @@ def routing_grids(data: ReportData) -> list[Grid]:
     report = data.routing
     if report is None or report.accuracy is None:
         return []
-    names = [f"{number} {name}" for number, name in enumerate(report.experts)]
+    names = [f"{number} {name}" for number, name in enumerate(_ends(report.experts))]
     rows = [str(number) for number in range(len(report.layers))]
     even = 1 / len(names)
 
