@@ -89,11 +89,9 @@ def pooled(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ``norms``, ``deltas`` and ``kept`` are by model, ``cosines`` by pair of models, as places in the list of models.
     What is about changes of a base is there if one of the tensors has it, and then says nothing of the others.
     """
-    norms, products = _between(tensors, "norms", base=0)
-    lengths = [norms[model] for model in sorted(norms)]
+    norms = {model: _length(lengths) for model, lengths in _lengths(tensors, "norms", 0).items()}
+    total = _sum(list(norms.values()))
     result = _length(f["result"] for f in tensors)
-    known = [length for length in lengths if length is not None]
-    mean = sum(known) / len(known) if known and len(known) == len(lengths) else None
     found: dict[str, Any] = {
         "elements": sum(f["elements"] for f in tensors),
         "result": result,
@@ -108,41 +106,41 @@ def pooled(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         squares = [_times(f["change"], f["change"]) for f in change]
         left = [_times(f["survival"], square) for f, square in zip(change, squares, strict=True)]
         found["survival"] = _share(_sum(left), _sum(squares), 1.0)
-        found["deltas"], products = _between(change, "deltas", base=1)
-    found["cosines"] = products
-    found["norms"], found["norm_ratio"] = norms, _share(result, mean, 1.0)
+        found["deltas"] = {model: _length(lengths) for model, lengths in _lengths(change, "deltas", 1).items()}
+    found["cosines"] = _cosines(change, "deltas", 1) if change else _cosines(tensors, "norms", 0)
+    found["norms"] = norms
+    found["norm_ratio"] = _share(result, None if total is None else total / max(len(norms), 1), 1.0)
     if kept := _kept(tensors):
         found["kept"] = kept
     return found
 
 
-def _between(
-    tensors: Sequence[Mapping[str, Any]], name: str, base: int
-) -> tuple[dict[int, float | None], dict[tuple[int, int], float | None]]:
-    """The lengths ``name`` of each model over all tensors, and the cosine between each two models.
+Lengths = dict[int, list[float | None]]
 
-    ``base``: how many of a tensor's models come before those that have a length. The cosines are those of ``deltas``
-    wherever a tensor has some, so they mean nothing beside other lengths.
-    """
-    lengths: dict[int, list[float | None]] = {}
+
+def _lengths(tensors: Sequence[Mapping[str, Any]], name: str, base: int) -> Lengths:
+    """The lengths ``name`` of each model in turn; ``base``: how many of a tensor's models come before those with one."""
+    found: Lengths = {}
+    for figures in tensors:
+        for model, length in zip(figures["models"][base:], figures[name], strict=True):
+            found.setdefault(model, []).append(length)
+    return dict(sorted(found.items()))
+
+
+def _cosines(tensors: Sequence[Mapping[str, Any]], name: str, base: int) -> dict[tuple[int, int], float | None]:
+    """The cosine between each two models, whose lengths are ``name``, over all tensors."""
+    squares = {model: _sum([_times(x, x) for x in lengths]) for model, lengths in _lengths(tensors, name, base).items()}
     products: dict[tuple[int, int], list[float | None]] = {}
     for figures in tensors:
         others = figures["models"][base:]
-        for model, length in zip(others, figures[name], strict=True):
-            lengths.setdefault(model, []).append(length)
-        if ("deltas" in figures) != bool(base):
-            continue
         pairs = itertools.combinations(range(len(others)), 2)
         for (a, b), cosine in zip(pairs, figures["cosines"], strict=True):
             pair = min(others[a], others[b]), max(others[a], others[b])
             part = _times(cosine, _times(figures[name][a], figures[name][b]))
             products.setdefault(pair, []).append(part)
-    squares = {model: _sum([_times(x, x) for x in found]) for model, found in lengths.items()}
-    totals = {model: _length(lengths[model]) for model in sorted(lengths)}
-    cosines = {
+    return {
         (a, b): _share(_sum(products[a, b]), _root(_times(squares[a], squares[b])), 0.0) for a, b in sorted(products)
     }
-    return totals, cosines
 
 
 def _kept(tensors: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
