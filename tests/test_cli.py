@@ -245,11 +245,11 @@ def flags(command: click.Command) -> set[str]:
 
 def test_the_flags_are_frozen():
     assert flags(merge_command) == {*FLAGS, "--dry-run", "--json", "--version"}
-    assert flags(plan_command) == {*FLAGS, "--json"}
+    assert flags(plan_command) == {*FLAGS, "--html", "--json"}
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--json", "--version"}
     assert list(_COMMANDS) == [
         "new", "merge", "moe", "lora", "plan", "explain", "inspect", "diff", "tokenizer", "methods", "verify",
-        "reproduce", "warmup", "completion",
+        "reproduce", "report", "warmup", "completion",
     ]  # fmt: skip
 
 

@@ -119,7 +119,7 @@ Lengths = dict[int, list[float | None]]
 
 
 def _lengths(tensors: Sequence[Mapping[str, Any]], name: str, base: int) -> Lengths:
-    """The lengths ``name`` of each model in turn; ``base``: how many of a tensor's models come before those with one."""
+    """The lengths ``name`` of each model; ``base``: how many of a tensor's models come before those with one."""
     found: Lengths = {}
     for figures in tensors:
         for model, length in zip(figures["models"][base:], figures[name], strict=True):
