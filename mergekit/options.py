@@ -66,6 +66,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _flag("write_model_card", True, "Write README.md, a copy of the recipe, and merge_manifest.json.", "Output"),
     _flag("stats", True, "Write merge_stats.json: figures about each merged tensor.", "Output"),
+    _flag("report", False, "Write merge_report.html: recipe, parameters and figures to look at.", "Output"),
     _flag(
         "safe_serialization",
         True,
@@ -211,6 +212,7 @@ class _MergeOptionsBase:
             unsafe_truncate_embeddings=get("unsafe_truncate_embeddings"),
             cache_dir=Path(cache) if cache else None,
             statistics=get("stats"),
+            report=get("report"),
             method_files=tuple(Path(path) for path in get("method_file")),
             quiet=get("quiet"),
         )

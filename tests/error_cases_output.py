@@ -177,6 +177,25 @@ FOLDERS = [
         meaning="A link there could lead the files anywhere.",
     ),
     Case(
+        title="A report without its library",
+        build=_nothing,
+        command=f"{MERGE} --report",
+        during=lambda: patch("mergekit.output.report.charts.find_spec", return_value=None),
+        message=(
+            "a report needs altair and vl_convert for its charts; install them with: pip install 'mergekit[report]'"
+        ),
+        meaning="Said before anything is downloaded or read. The merge itself does not need them.",
+    ),
+    Case(
+        title="A report on something else",
+        build=lambda folder: (folder / "out").mkdir(),
+        command="mergekit report out",
+        message=(
+            "out has neither merge_manifest.json nor merge_stats.json, which a report is made from; merge it again"
+        ),
+        meaning="A model that mergekit did not make, or whose files were not kept.",
+    ),
+    Case(
         title="The disk is too small",
         build=_nothing,
         command=MERGE,

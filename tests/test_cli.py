@@ -225,7 +225,7 @@ FLAGS = """
 --no-clone-tensors --copy-tokenizer --no-copy-tokenizer --cuda --no-cuda --device --gpu-rich --no-gpu-rich
 --lazy-unpickle --no-lazy-unpickle --lora-merge-cache --lora-merge-dtype --low-cpu-memory --no-low-cpu-memory
 --max-memory --method-file --multi-gpu --no-multi-gpu --num-threads -j --out-shard-size --overwrite --no-overwrite
---quiet --no-quiet
+--quiet --no-quiet --report --no-report
 --random-seed --read-to-gpu --no-read-to-gpu --restart --no-restart --safe-serialization --no-safe-serialization
 --stats --no-stats --transformers-cache --trust-remote-code --no-trust-remote-code --unsafe-truncate-embeddings
 --no-unsafe-truncate-embeddings --verbose -v --write-model-card --no-write-model-card --write-threads
@@ -245,11 +245,11 @@ def flags(command: click.Command) -> set[str]:
 
 def test_the_flags_are_frozen():
     assert flags(merge_command) == {*FLAGS, "--dry-run", "--json", "--version"}
-    assert flags(plan_command) == {*FLAGS, "--json"}
+    assert flags(plan_command) == {*FLAGS, "--html", "--json"}
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--json", "--version"}
     assert list(_COMMANDS) == [
         "new", "merge", "moe", "lora", "plan", "explain", "inspect", "diff", "tokenizer", "methods", "verify",
-        "reproduce", "warmup", "completion",
+        "reproduce", "report", "warmup", "completion",
     ]  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def test_old_commands_are_accepted_in_full():
     assert mergekit_yaml("r.yml", "out", *args).code == 0
     assert {flag for flag in FLAGS if not flag.startswith("--no-")} <= {
         *COMMON, "--cuda", "--gpu-rich", "--verbose", "--overwrite", "--restart", "--allow-nonfinite", "--stats",
-        "--method-file", "--max-memory",
+        "--method-file", "--report", "--max-memory",
     }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mergekit.api.new import new_recipe as new_recipe
     from mergekit.api.new import write_recipe as write_recipe
     from mergekit.api.options import RunOptions as RunOptions
+    from mergekit.api.report import report_model as report_model
+    from mergekit.api.report import report_plan as report_plan
     from mergekit.api.run import Hooks as Hooks
     from mergekit.api.run import check_writable as check_writable
     from mergekit.api.run import run_plan as run_plan
@@ -55,6 +57,8 @@ __all__ = [
     "plan",
     "plan_moe",
     "reading",
+    "report_model",
+    "report_plan",
     "run_merge",
     "run_moe",
     "run_moe_plan",
@@ -83,6 +87,8 @@ _HOMES = {
     "plan": "mergekit.api.merge",
     "plan_moe": "mergekit.api.moe",
     "reading": "mergekit.api.advice",
+    "report_model": "mergekit.api.report",
+    "report_plan": "mergekit.api.report",
     "run_merge": "mergekit.api.merge",
     "run_moe": "mergekit.api.moe",
     "run_moe_plan": "mergekit.api.moe",

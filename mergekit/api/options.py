@@ -17,7 +17,8 @@ class RunOptions:
 
     ``shard_size`` in bytes (0: one file); ``threads`` None means one for each processor, ``max_memory`` (in bytes) None
     as much as the machine has; ``device`` is ``cpu`` or a torch device; ``seed`` overrides the recipe's.
-    ``statistics``: write merge_stats.json. ``method_files`` are Python files that define merge methods; they are run.
+    ``statistics``: write merge_stats.json, ``report``: merge_report.html. ``method_files`` are Python files that define
+    merge methods; they are run.
     """
 
     shard_size: int = 5_000_000_000
@@ -32,6 +33,7 @@ class RunOptions:
     allow_crimes: bool = False
     allow_nonfinite: bool = False
     statistics: bool = True
+    report: bool = False
     method_files: tuple[Path, ...] = ()
     unsafe_truncate_embeddings: bool = False
     cache_dir: Path | None = None

@@ -17,10 +17,11 @@ from mergekit.errors import CheckpointError, ModelNotFoundError, UsageError, som
 from mergekit.version import __version__
 
 if TYPE_CHECKING:
+    from mergekit.api.moe import MoeOptions
     from mergekit.output import Manifest
     from mergekit.planning import Plan
 
-__all__ = ["reproduce_model"]
+__all__ = ["plan_of_folder", "reproduce_model"]
 
 
 def reproduce_model(
@@ -63,6 +64,21 @@ def reproduce_model(
     return result
 
 
+def plan_of_folder(folder: Path, manifest: Manifest, options: RunOptions) -> tuple[Plan, list[str]]:
+    """The plan that the recipe in ``folder`` gives now, from headers only, and why it is not the one that was run.
+
+    MergekitError if there is none any more: models that are gone, a recipe that changed.
+    """
+    recipe, options = _recipe(folder, manifest), _options(manifest, options)
+    if manifest.mixture is None:
+        plan = plan_merge(recipe, options)
+    else:
+        from mergekit.api.moe import plan_moe
+
+        plan = plan_moe(recipe, options, _choices(manifest.mixture)).plan
+    return plan, _differences(plan, manifest)
+
+
 def _recipe(folder: Path, manifest: Manifest) -> Path:
     from mergekit.output import sha256
 
@@ -89,11 +105,17 @@ def _plan(
     """The plan, and what has to be made in a folder before it can run."""
     if manifest.mixture is None:
         return plan_merge(recipe, options, fetch=True), lambda folder: None
-    from mergekit.api.moe import MoeOptions, plan_moe, prepare_moe
+    from mergekit.api.moe import plan_moe, prepare_moe
 
-    choices = MoeOptions(architecture=manifest.mixture, allow_all_same=True, trust_remote_code=trusted)
+    choices = _choices(manifest.mixture, trusted)
     made = plan_moe(recipe, options, choices, fetch=True)
     return made.plan, lambda folder: prepare_moe(made, folder, options, choices, stage)
+
+
+def _choices(family: str, trusted: bool = False) -> MoeOptions:
+    from mergekit.api.moe import MoeOptions
+
+    return MoeOptions(architecture=family, allow_all_same=True, trust_remote_code=trusted)
 
 
 def _differences(plan: Plan, manifest: Manifest) -> list[str]:

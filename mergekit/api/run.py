@@ -18,7 +18,17 @@ from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
 if TYPE_CHECKING:
     from mergekit.planning import Plan
 
-__all__ = ["Document", "Hooks", "check_writable", "kernels_for", "ready_kernels", "run_plan", "slow_part", "weighted"]
+__all__ = [
+    "Document",
+    "Hooks",
+    "check_writable",
+    "kernels_for",
+    "ready_kernels",
+    "run_plan",
+    "slow_part",
+    "title_of",
+    "weighted",
+]
 
 
 Document = tuple[str, str | Path]
@@ -54,11 +64,12 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         stats_text,
         vocabulary_faults,
     )
+    from mergekit.output.report import REPORT, page, report_data
 
     options, hooks = admit(plan, options or RunOptions()), hooks or Hooks()
     _check_places(plan, folder)
     _check_space(plan, folder)
-    _check_targets(folder, [*(shard.name for shard in plan.shards), *_document_names(plan, options), MANIFEST])
+    _check_targets(folder, [*(shard.name for shard in plan.shards), *_document_names(plan, options), MANIFEST, REPORT])
     kernels = kernels_for(plan, hooks.on_compile)
     with Staging(folder, plan, overwrite=options.overwrite, restart=options.restart) as staging:
         if staging.is_complete:
@@ -88,6 +99,9 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         if options.write_model_card and plan.config:
             manifest = manifest_text(plan, staging.checksums, options.lasting(), documents)
             documents.insert(-1, (MANIFEST, manifest))  # config.json stays last
+        if options.report:
+            texts = {name: content for name, content in documents if isinstance(content, str)}
+            documents.insert(-1, (REPORT, page(report_data(title_of(folder), texts, plan))))
         staging.publish(documents)
         shapes = {output.name: output.shape for output in plan.outputs}
         faults = [f"check: {fault}" for fault in vocabulary_faults(folder, shapes)]
@@ -148,7 +162,7 @@ def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> l
     """The small files in the order of publishing: the index first, config.json last."""
     from mergekit.output import model_card, recipe_text
 
-    title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")  # a name may be any bytes
+    title = title_of(folder)
     contents: dict[str, str | Path] = {
         "model.safetensors.index.json": plan.index or "",
         "README.md": "",
@@ -163,6 +177,11 @@ def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> l
     return [(name, contents[name]) for name in names]
 
 
+def title_of(folder: Path) -> str:
+    """What a model is called by its folder."""
+    return os.fsencode(folder.resolve().name).decode("utf-8", "replace")  # a name may be any bytes
+
+
 def _document_names(plan: Plan, options: RunOptions) -> list[str]:
     """The names of the small files of an output that don't depend on its tensors, in the order of publishing."""
     names = ["model.safetensors.index.json"] if plan.index else []
@@ -172,9 +191,16 @@ def _document_names(plan: Plan, options: RunOptions) -> list[str]:
 
 
 def check_writable(folder: Path, options: RunOptions) -> None:
-    """Refuse an output folder that holds a model already, before anything is opened or downloaded."""
+    """Refuse an output folder that holds a model already, before anything is opened or downloaded.
+
+    And a report where its charts can't be drawn.
+    """
     from mergekit.output import STAGING, publishing, refuse_replacing
 
+    if options.report:
+        from mergekit.output.report import check_drawable
+
+        check_drawable()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give a folder for the output")
     if publishing(folder / STAGING / "journal") == "no":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 )
 @click.argument("config_file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print everything, tensor by tensor, as JSON.")
+@click.option(
+    "--html", type=Path, metavar="FILE", help="Write a page about it, too: sources and parameters to look at."
+)
 @add_merge_options
-def plan(config_file: str, as_json: bool, merge_options: Any) -> None:
+def plan(config_file: str, as_json: bool, html: Path | None, merge_options: Any) -> None:
     """Print what merging the recipe CONFIG_FILE would do, without reading a weight.
 
     Models on the hub are planned from the headers of their files, before anything large is downloaded.
@@ -32,6 +36,8 @@ def plan(config_file: str, as_json: bool, merge_options: Any) -> None:
 
     options = merge_options.run_options()
     made = api.plan(config_file, options)
+    if html:
+        api.report_plan(made, html, Path(config_file).stem)
     if as_json:
         from mergekit.planning.describe import describe
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mergekit.errors import CheckpointError
 
 __all__ = ["LayerRouting", "RoutingReport", "routing_report"]
 
@@ -90,6 +92,35 @@ class RoutingReport:
         """The report as a JSON document, figures to six decimals."""
         record = asdict(self) | {"accuracy": self.accuracy, "entropy_share": self.entropy_share}
         return json.dumps(_rounded(record), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def of_json(cls, record: Mapping[str, Any], place: str) -> RoutingReport:
+        """The report that ``to_json`` wrote; CheckpointError, naming ``place``, if it is not one."""
+        try:
+            experts = tuple(map(str, record["experts"]))
+            layers = tuple(
+                LayerRouting(
+                    tuple(None if share is None else float(share) for share in layer["accuracy"]),
+                    tuple(float(share) for share in layer["load"]),
+                    float(layer["entropy"]),
+                )
+                for layer in record["layers"]
+            )
+            report = cls(
+                experts=experts,
+                experts_per_token=int(record["experts_per_token"]),
+                layers=layers,
+                tokens=tuple(int(count) for count in record["tokens"]),
+                is_held_out=tuple(map(bool, record["is_held_out"])),
+                degenerate=tuple(int(layer) for layer in record["degenerate"]),
+                notes=tuple(map(str, record["notes"])),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{place}: not a routing report of mergekit ({error!s:.80})") from None
+        counts = [len(shares) for layer in layers for shares in (layer.accuracy, layer.load)]
+        if {len(experts), len(report.tokens), len(report.is_held_out), *counts} != {len(experts) or -1}:
+            raise CheckpointError(f"{place}: not a routing report of mergekit (its lists differ in length)")
+        return report
 
     def table(self) -> list[str]:
         """Lines for a terminal: the summary, a line for each layer, the remarks."""

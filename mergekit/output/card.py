@@ -102,10 +102,14 @@ def hub_names(plan: Plan) -> list[str]:
     return list(dict.fromkeys(short for path, short in found if "/" in short and not Path(path).exists()))
 
 
-def without_paths(text: str, plan: Plan) -> str:
-    """``text`` with each local path of a source replaced by the model's short name, any other by its last part."""
-    names = {source.reference: source.short for source in plan.sources}
-    for source in plan.sources:
+def without_paths(text: str, plan: Plan | None) -> str:
+    """``text`` with each local path of a source replaced by the model's short name, any other by its last part.
+
+    Without a plan no source is known.
+    """
+    sources = plan.sources if plan else ()
+    names = {source.reference: source.short for source in sources}
+    for source in sources:
         path, short = _first(source)
         names.update({path: short, source.folder: short})
     paths = sorted((p for p in names if len(p) > 1 and p != names[p]), key=len, reverse=True)

@@ -22,6 +22,7 @@ __all__ = [
     "Manifest",
     "TensorRecord",
     "inputs_of_plan",
+    "manifest_of",
     "manifest_text",
     "read_manifest",
     "recipe_text",
@@ -119,12 +120,14 @@ def recipe_text(plan: Plan) -> str:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a model folder, None if there is none; CheckpointError if it is not one of ours."""
     path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    record = read_json(path)
+    return manifest_of(read_json(path), str(path)) if path.is_file() else None
+
+
+def manifest_of(record: Mapping[str, Any], place: str) -> Manifest:
+    """What the JSON of a manifest says; CheckpointError, naming ``place``, if it is not one of ours."""
     if record.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{path}: its format is {record.get('format')!r:.40}, this mergekit reads {_FORMAT}; update it"
+            f"{place}: its format is {record.get('format')!r:.40}, this mergekit reads {_FORMAT}; update it"
         )
     try:
         manifest = Manifest(
@@ -140,10 +143,10 @@ def read_manifest(folder: Path) -> Manifest | None:
             tensors={name: _tensor(_is(list, entry)) for name, entry in _is(dict, record["tensors"]).items()},
         )
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a manifest of mergekit ({error!s:.80}); make the model again") from None
+        raise CheckpointError(f"{place}: not a manifest of mergekit ({error!s:.80}); make the model again") from None
     for name in [manifest.recipe_name, *manifest.files]:
         if Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{path}: {name!r:.80} is not the name of a file beside it")
+            raise CheckpointError(f"{place}: {name!r:.80} is not the name of a file beside it")
     return manifest
 
 

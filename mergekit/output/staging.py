@@ -36,7 +36,7 @@ __all__ = ["STAGING", "Staging", "holds_weights", "refuse_replacing"]
 
 STAGING = ".mergekit-staging"
 _MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
-_OURS = (STATS, MANIFEST, "routing.json", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
+_OURS = (STATS, MANIFEST, "routing.json", "merge_report.html", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
 """Files that would say something false beside another model."""
 _COMMIT_BYTES = 1 << 30
 _COMMIT_SECONDS = 5.0

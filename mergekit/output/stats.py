@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,22 @@ from mergekit.output.record import record_text
 from mergekit.planning.expression import Apply
 from mergekit.planning.plan import Plan
 
-__all__ = ["STATS", "lost_to_rounding", "read_summary", "stats_text"]
+__all__ = [
+    "LEAST_SURVIVAL",
+    "STATS",
+    "Statistics",
+    "lost_to_rounding",
+    "pooled",
+    "read_summary",
+    "statistics_of",
+    "stats_text",
+]
 
 STATS = "merge_stats.json"
-_LEAST_SURVIVAL = 0.9
+LEAST_SURVIVAL = 0.9
+"""The share of a change below which rounding is worth a warning."""
+
+_MOST = 1e100
 
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -59,48 +72,87 @@ def read_summary(folder: Path) -> Mapping[str, Any]:
 
 def _summary(models: Sequence[str], merged: Figures) -> dict[str, Any]:
     """The figures of all merged tensors taken as one vector; None where one of them is not finite."""
-    all_figures = list(merged.values())
+    found = {"tensors": len(merged), **pooled(list(merged.values()))}
+    for name in ("norms", "norm_ratio", "kept"):
+        found.pop(name, None)
+    if "change" not in found:
+        del found["cosines"]
+        return found
+    found["deltas"] = {models[model]: length for model, length in found["deltas"].items()}
+    found["cosines"] = {f"{models[a]}, {models[b]}": cosine for (a, b), cosine in found["cosines"].items()}
+    return found
+
+
+def pooled(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of some tensors taken as one vector; None where one of them is not finite.
+
+    ``norms``, ``deltas`` and ``kept`` are by model, ``cosines`` by pair of models, as places in the list of models.
+    What is about changes of a base is there if one of the tensors has it, and then says nothing of the others.
+    """
+    norms = {model: _length(lengths) for model, lengths in _lengths(tensors, "norms", 0).items()}
+    total = _sum(list(norms.values()))
+    result = _length(f["result"] for f in tensors)
     found: dict[str, Any] = {
-        "tensors": len(merged),
-        "elements": sum(f["elements"] for f in all_figures),
-        "result": _length(f["result"] for f in all_figures),
-        "nonfinite": sum(f["nonfinite"] for f in all_figures),
+        "elements": sum(f["elements"] for f in tensors),
+        "result": result,
+        "nonfinite": sum(f["nonfinite"] for f in tensors),
     }
-    change = [f for f in all_figures if "change" in f]
+    change = [f for f in tensors if "change" in f]
     if change:
         shared = [f["shared"] * f["elements"] for f in change]
         torn = sum(n * f["sign_conflict"] for n, f in zip(shared, change, strict=True))
         found["change"] = _length(f["change"] for f in change)
         found["sign_conflict"] = _share(torn, sum(shared), 0.0)
-        squares = [None if f["change"] is None else f["change"] ** 2 for f in change]
+        squares = [_times(f["change"], f["change"]) for f in change]
         left = [_times(f["survival"], square) for f, square in zip(change, squares, strict=True)]
         found["survival"] = _share(_sum(left), _sum(squares), 1.0)
-        found["deltas"], found["cosines"] = _between(models, change)
+        found["deltas"] = {model: _length(lengths) for model, lengths in _lengths(change, "deltas", 1).items()}
+    found["cosines"] = _cosines(change, "deltas", 1) if change else _cosines(tensors, "norms", 0)
+    found["norms"] = norms
+    found["norm_ratio"] = _share(result, None if total is None else total / max(len(norms), 1), 1.0)
+    if kept := _kept(tensors):
+        found["kept"] = kept
     return found
 
 
-def _between(
-    models: Sequence[str], change: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """Each model's distance from the base, and the cosine between each two models' deltas, over all tensors."""
-    lengths: dict[int, list[float | None]] = {}
+Lengths = dict[int, list[float | None]]
+
+
+def _lengths(tensors: Sequence[Mapping[str, Any]], name: str, base: int) -> Lengths:
+    """The lengths ``name`` of each model; ``base``: how many of a tensor's models come before those with one."""
+    found: Lengths = {}
+    for figures in tensors:
+        for model, length in zip(figures["models"][base:], figures[name], strict=True):
+            found.setdefault(model, []).append(length)
+    return dict(sorted(found.items()))
+
+
+def _cosines(tensors: Sequence[Mapping[str, Any]], name: str, base: int) -> dict[tuple[int, int], float | None]:
+    """The cosine between each two models, whose lengths are ``name``, over all tensors."""
+    squares = {model: _sum([_times(x, x) for x in lengths]) for model, lengths in _lengths(tensors, name, base).items()}
     products: dict[tuple[int, int], list[float | None]] = {}
-    for figures in change:
-        others = figures["models"][1:]
-        for model, length in zip(others, figures["deltas"], strict=True):
-            lengths.setdefault(model, []).append(length)
+    for figures in tensors:
+        others = figures["models"][base:]
         pairs = itertools.combinations(range(len(others)), 2)
         for (a, b), cosine in zip(pairs, figures["cosines"], strict=True):
             pair = min(others[a], others[b]), max(others[a], others[b])
-            part = _times(cosine, _times(figures["deltas"][a], figures["deltas"][b]))
+            part = _times(cosine, _times(figures[name][a], figures[name][b]))
             products.setdefault(pair, []).append(part)
-    squares = {model: _sum([_times(x, x) for x in found]) for model, found in lengths.items()}
-    deltas = {models[model]: _length(lengths[model]) for model in sorted(lengths)}
-    cosines = {
-        f"{models[a]}, {models[b]}": _share(_sum(products[a, b]), _root(_times(squares[a], squares[b])), 0.0)
-        for a, b in sorted(products)
+    return {
+        (a, b): _share(_sum(products[a, b]), _root(_times(squares[a], squares[b])), 0.0) for a, b in sorted(products)
     }
-    return deltas, cosines
+
+
+def _kept(tensors: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
+    """The share of its entries that each model keeps, where a method drops some."""
+    parts: dict[int, list[tuple[float, int]]] = {}
+    for figures in tensors:
+        for model, share in zip(figures["models"][1:], figures.get("kept", ()), strict=False):
+            parts.setdefault(model, []).append((share, figures["elements"]))
+    return {
+        model: _share(sum(share * size for share, size in found), sum(size for _, size in found), 0.0)
+        for model, found in sorted(parts.items())
+    }
 
 
 def _times(a: float | None, b: float | None) -> float | None:
@@ -135,7 +187,7 @@ def lost_to_rounding(plan: Plan, figures: Figures) -> Sequence[str]:
     """A warning if rounding to the nearest number ate more than a tenth of the change of some tensors."""
     short = {o.name: o.dtype.name for o in plan.outputs if o.dtype.size < F32.size}
     survival = {n: f["survival"] for n, f in figures.items() if n in short and f.get("survival") is not None}
-    lost = {name: share for name, share in survival.items() if share < _LEAST_SURVIVAL}
+    lost = {name: share for name, share in survival.items() if share < LEAST_SURVIVAL}
     if not lost or plan.rounding != "nearest":
         return []
     worst = min(lost, key=lambda name: lost[name])
@@ -145,3 +197,63 @@ def lost_to_rounding(plan: Plan, figures: Figures) -> Sequence[str]:
         f"({worst} keeps {lost[worst]:.0%}); 'rounding: stochastic' in the recipe keeps it on average, or use "
         f"dtype: float32"
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The contents of a merge_stats.json; ``tensors`` are its records as they are, checked."""
+
+    method: str
+    models: tuple[str, ...]
+    copied: int
+    unknown: tuple[str, ...]
+    tensors: Mapping[str, Mapping[str, Any]]
+
+
+def statistics_of(record: Mapping[str, Any], place: str) -> Statistics:
+    """What the JSON of a merge_stats.json says; CheckpointError, naming ``place``, if it is not one of ours."""
+    try:
+        models = tuple(_is(str, name) for name in _is(list, record["models"]))
+        tensors = _is(dict, record["tensors"])
+        for figures in tensors.values():
+            _check_figures(_is(dict, figures), len(models))
+        unknown = tuple(_is(str, name) for name in _is(list, record["unknown"]))
+        return Statistics(_is(str, record["method"]), models, _is(int, record["copied"]), unknown, tensors)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{place}: not statistics of mergekit ({error!s:.80}); make the model again") from None
+
+
+def _check_figures(figures: Mapping[str, Any], models: int) -> None:
+    """ValueError or KeyError unless a tensor's record has all figures, as many as its models ask for."""
+    count = len(_is(list, figures["models"]))
+    if not count or not all(0 <= _is(int, model) < models for model in figures["models"]):
+        raise ValueError("a model that is not in the list")
+    onto_base = "change" in figures
+    others = count - onto_base
+    sizes = {"norms": count, "cosines": others * (others - 1) // 2, **({"deltas": others} if onto_base else {})}
+    for name, size in sizes.items():
+        if len([_is_figure(value) for value in _is(list, figures[name])]) != size:
+            raise ValueError(f"{name} of {size} expected")
+    for name in ("result", "norm_ratio", *(("change", "survival") if onto_base else ())):
+        _is_figure(figures[name])
+    for value in (*(figures[name] for name in ("shared", "sign_conflict") if onto_base), *figures.get("kept", ())):
+        _is_number((int, float), value)
+    _is_number(int, figures["elements"])
+    _is_number(int, figures["nonfinite"])
+
+
+def _is_figure(value: Any) -> Any:
+    return value if value is None else _is_number((int, float), value)
+
+
+def _is_number(kind: Any, value: Any) -> Any:
+    """Of a size that can be squared and summed, which what we measure always is."""
+    if not abs(_is(kind, value)) <= _MOST:
+        raise ValueError(f"{value!r:.60} is out of range")
+    return value
+
+
+def _is(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{value!r:.60} is out of place")
+    return value

@@ -1,0 +1,11 @@
+"""merge_report.html: what a merge did, to look at. Facts (``data``), numbers to draw (``grids``), words, charts, page.
+
+Here: everything about the page. Not here: figures, which are gathered while merging (``execute``) and pooled in
+``output.stats``. To add a heat map, add a grid; the page shows whatever there is.
+"""
+
+from mergekit.output.report.charts import check_drawable
+from mergekit.output.report.data import ROUTING, ReportData, report_data
+from mergekit.output.report.page import REPORT, page
+
+__all__ = ["REPORT", "ROUTING", "ReportData", "check_drawable", "page", "report_data"]
