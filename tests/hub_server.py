@@ -5,8 +5,9 @@
         assert server.sent("resolve") < 1000
 
 It serves model info (``/api/models/...``) and files (``/org/model/resolve/...``) with ETag, commit, ranges and the
-error codes of the hub, and takes uploads (``hub_uploads``). A repository is a folder, or a folder per branch or tag; its commit is a hash of its content, so
-a changed folder is a new commit. The attributes of ``HubServer`` make it misbehave, and can be set while it runs.
+error codes of the hub, and takes uploads (``hub_uploads``). A repository is a folder, or a folder per branch or tag;
+its commit is a hash of its content, so a changed folder is a new commit. The attributes of ``HubServer`` make it
+misbehave, and can be set while it runs.
 
 huggingface_hub reads its address when it is imported: clients run in processes of their own, with ``environment``.
 """

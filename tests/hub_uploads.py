@@ -53,7 +53,7 @@ class Uploads:
     def _create(self, hub: HubServer, asked: dict[str, Any]) -> Answer:
         repo = f"{asked['organization']}/{asked['name']}"
         if repo in hub.repositories:
-            return 409, {"error": "You already created this model repo"}
+            return 409, {"error": "You already created this model repo", "url": f"{hub.url}/{repo}"}
         (self.root / repo).mkdir(parents=True)
         hub.repositories[repo] = {"main": self.root / repo}
         if asked.get("visibility") == "private" or asked.get("private"):

@@ -83,6 +83,7 @@ SHOWN = {
     "help-moe": ["moe", "--help"],
     "help-plan": ["plan", "--help"],
     "help-methods": ["methods", "--help"],
+    "help-push": ["push", "--help"],
     "methods": ["methods"],
     "methods-ties": ["methods", "ties"],
     "methods-passthrough": ["methods", "passthrough"],

@@ -280,5 +280,6 @@ def again(plan: Plan) -> str:
     code = fenced("\n".join(commands), "sh")
     return (
         f"Made with mergekit {plan.version}, seed {plan.seed}{place}. The recipe above is `{plan.recipe_name}`;"
-        f"{beside} `merge_manifest.json` holds the revision and digests of each input and a checksum of each tensor.\n\n{code}"
+        f"{beside} `merge_manifest.json` holds the revision and digests of each input, and a checksum of each "
+        f"tensor.\n\n{code}"
     )
