@@ -13,8 +13,9 @@ from mergekit.methods.spec import DELTA_OPTIONS, Method
 from mergekit.output.front_matter import architecture, hub_commit, hub_name
 from mergekit.output.markdown import escape, fenced, link, table
 from mergekit.planning.document import TOKENIZER_FILES
+from mergekit.planning.expression import Apply
 from mergekit.planning.licences import InputCards, terms
-from mergekit.planning.plan import Apply, Plan
+from mergekit.planning.plan import Plan
 
 __all__ = [
     "TOKENIZER_FILES",
