@@ -250,7 +250,7 @@ def test_the_flags_are_frozen():
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--json", "--version"}
     assert list(_COMMANDS) == [
         "new", "merge", "moe", "lora", "plan", "explain", "inspect", "diff", "tokenizer", "methods", "verify",
-        "reproduce", "warmup", "completion",
+        "reproduce", "push", "warmup", "completion",
     ]  # fmt: skip
 
 

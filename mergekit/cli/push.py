@@ -54,7 +54,7 @@ def push(
             screen.close()  # the bar of the check, before the library draws those of the upload
             if not quiet:
                 say(text)
-            bars[:] = [screen.enter_context(progress(total, shown=not (quiet or bars)))]
+            bars[:] = [screen.enter_context(progress(total, shown=not (quiet or no_verify or bars), what="checking"))]
 
         address = push_model(
             folder,
@@ -68,7 +68,10 @@ def push(
             stage=stage,
             advance=lambda nbytes: bars[0](nbytes),
         )
-    click.echo(plain(address) if address else "nothing was sent")
+    if address is None:
+        say("nothing was sent")
+    else:
+        click.echo(plain(address))
 
 
 def _agree(upload: Upload, yes: bool, quiet: bool) -> bool:
