@@ -114,17 +114,16 @@ def test_licences_that_ask_for_a_notice_only(name):
 # Hostile cards
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "\n".join(
-    f"{chr(97 + i)}: &{chr(97 + i)} [{', '.join([f'*{chr(96 + i)}'] * 10)}]" for i in range(1, 9)
+BOMB = "tags:\n  - &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"  - &{chr(97 + i)} [{', '.join([f'*{chr(96 + i)}'] * 10)}]\n" for i in range(1, 9)
 )
 
 
 @pytest.mark.parametrize("text", [
-    f"---\n{BOMB}\nlicense: mit\n---\n", "---\n" + "[" * 5000 + "\n---\n", "---\nlicense: mit\n",
-    "---\n- a\n---\n",
-    "---\na: !!python/object/apply:os.system [x]\n---\n",
-    "---\na: \x00\n---\n", "---\n" + "a" * (2 << 20) + ": 1\n---\n",
-], ids=["aliases", "deep", "no end", "a list", "an object", "no text", "large"])  # fmt: skip
+    f"---\n{BOMB}license: mit\n---\n", "---\ntags: " + "[" * 5000 + "\n---\n", "---\nlicense: mit\n",
+    "---\nlicense: !!python/object/apply:os.system [x]\n---\n", "---\nlicense: \x00\n---\n",
+    "---\n" + "a" * (2 << 20) + ": 1\nlicense: mit\n---\n",
+], ids=["aliases", "deep", "no end", "an object", "no text", "large"])  # fmt: skip
 def test_broken_front_matter_hands_nothing_down(text):
     [entry] = make(a="")
     Path("a/README.md").write_text(text)
@@ -132,11 +131,19 @@ def test_broken_front_matter_hands_nothing_down(text):
     assert "a: its README.md can't be read, so it hands nothing down" in plan_of([entry]).notes
 
 
-@pytest.mark.parametrize("text", ["", "# only text", "---\n---\n", "---\n# nothing\n\n---\n"])
+@pytest.mark.parametrize("text", ["", "# only text", "---\n---\n", "---\n# nothing\n\n---\n", "---\n- a\n---\n"])
 def test_cards_without_front_matter(text):
     make(a="")
     Path("a/README.md").write_text(text)
     assert read_card(Path("a")).licence is None
+
+
+def test_results_of_benchmarks_are_passed_over():
+    make(a="")
+    results = "".join(f"  - value: {i}\n    license: mit\n" for i in range(9999))
+    head = f"'license': gpl-3.0\nmodel-index: &a\n{results}again: *a\nlanguage:\n# two\n- en\n- de"
+    Path("a/README.md").write_text(f"---\n{head}\n---\n")
+    assert read_card(Path("a")) == InputCard(Licence(("gpl-3.0",)), ("en", "de"))
 
 
 def test_a_card_that_is_no_file():

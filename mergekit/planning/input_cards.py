@@ -17,6 +17,10 @@ _MAX_BYTES = 1 << 20
 """Cards with thousands of benchmark results have a third of that."""
 _MOST = 64
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.S | re.M)
+_ENTRY = re.compile(
+    r"^([\"']?)([A-Za-z_][\w-]*)\1[ \t]*:(?=\s|$).*\n?(?:(?![\"']?[A-Za-z_][\w-]*[\"']?[ \t]*:).*\n?)*", re.M
+)
+_WANTED = frozenset(["license", "license_name", "license_link", "language", "tags", "pipeline_tag"])
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,()+/_-]{0,95}")
 _LINK = re.compile(r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[A-Za-z0-9._~%+=?&#/-]*)?")
@@ -69,7 +73,7 @@ def read_card(folder: Path) -> InputCard:
     if found is None or not found[1].strip():
         return InputCard(is_readable=not text.startswith("---") or found is not None)
     try:
-        entries = read_recipe_text(found[1], "README.md").value
+        entries = read_recipe_text(_wanted(found[1]), "README.md").value
     except RecipeError:
         return InputCard(is_readable=False)
     return InputCard(
@@ -78,6 +82,11 @@ def read_card(folder: Path) -> InputCard:
         tags=tuple(tag for tag in _texts(entries.get("tags"), _TAG) if tag.lower() not in _OF_THE_FILES),
         task=next(iter(_texts(entries.get("pipeline_tag"), _TASK)), None),
     )
+
+
+def _wanted(text: str) -> str:
+    """The entries of the front matter that are used: the results of benchmarks may take a second to read."""
+    return "".join(entry[0] for entry in _ENTRY.finditer(text) if entry[2] in _WANTED) or "tags: []"
 
 
 def _licence(entries: dict[str, Any]) -> Licence | None:
