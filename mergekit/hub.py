@@ -34,10 +34,14 @@ __all__ = [
     "Repository",
     "download",
     "fetch_small",
+    "host_name",
     "is_local",
     "is_offline",
+    "is_safe_name",
     "open_repository",
+    "patiently",
     "read_range",
+    "status_of",
 ]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -45,9 +49,11 @@ _PAUSE = 0.5  # seconds before a request is tried again; each further pause is t
 _LONGEST_PAUSE = 60.0
 _SMALL_LIMIT = 256 << 20  # bytes; a larger *.json or *.txt is data, not settings (tokenizers stay below 64 MiB)
 _SKIP_LIMIT = 16 << 20  # bytes we let pass to reach a range, when a server ignores ranges
+_CARD = "readme.md"  # says the licence; alone it is no model
 _SMALL = (
     *("*.json", "*.jinja", "*.model", "tokenizer.model*", "*.txt", "*.tiktoken", "*.py"),
     *("license*", "licence*", "notice*", "copying*", "use_policy*", "additional_chat_templates/*.jinja"),
+    _CARD,
 )
 _PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "model*.bin")  # not training_args.bin, optimizer.bin
 
@@ -99,7 +105,7 @@ def open_repository(path: ModelPath, *, cache_dir: Path | None = None) -> Reposi
     ModelNotFoundError for an unknown repository or revision, HubError when the hub can't be used.
     """
     revision = path.revision
-    if revision is not None and not _is_safe(revision):
+    if revision is not None and not is_safe_name(revision):
         raise ModelNotFoundError(f"'{path}': no revision has such a name; give a branch, a tag or a commit")
     with _faults(path, cache_dir):
         from huggingface_hub import HfApi, constants
@@ -107,13 +113,13 @@ def open_repository(path: ModelPath, *, cache_dir: Path | None = None) -> Reposi
         if constants.HF_HUB_OFFLINE:
             raise HubError(f"'{path}' is on the hub, and HF_HUB_OFFLINE forbids asking: set HF_HUB_OFFLINE=0")
         wait = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        info = _patiently(lambda: HfApi().model_info(path.path, revision=revision, timeout=wait, files_metadata=True))
+        info = patiently(lambda: HfApi().model_info(path.path, revision=revision, timeout=wait, files_metadata=True))
     commit = info.sha if isinstance(info.sha, str) else ""
     if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(revision or "") and commit != revision):
         raise _nonsense(f"names no commit, or another commit, for '{path}'")
     files = []
     for file in info.siblings or ():
-        if not isinstance(file.rfilename, str) or not _is_safe(file.rfilename):
+        if not isinstance(file.rfilename, str) or not is_safe_name(file.rfilename):
             raise HubError(f"'{path}' lists a file {str(file.rfilename)[:80]!r}, which would leave its folder: refused")
         if not isinstance(file.size, int) or file.size < 0:
             raise _nonsense(f"gives no size for {file.rfilename!r} of '{path}'")
@@ -124,8 +130,8 @@ def open_repository(path: ModelPath, *, cache_dir: Path | None = None) -> Reposi
 def fetch_small(repository: Repository, *, quiet: bool = False) -> Path:
     """Download what a merge reads besides weights, and return the snapshot folder in the cache.
 
-    Configs, indices, tokenizer, chat templates, licences, and Python files (which nobody runs here); no subfolders, no
-    file above 256 MiB. ``quiet`` switches progress bars off. Raises ModelNotFoundError if nothing remains.
+    Configs, indices, tokenizer, chat templates, card, licences, and Python files (which nobody runs here); no
+    subfolders, no file above 256 MiB. ``quiet`` switches progress bars off. ModelNotFoundError if nothing remains.
     """
     if names := _small(repository):
         return _fetch(repository, names, quiet)
@@ -143,7 +149,7 @@ def read_range(repository: Repository, name: str, start: int, stop: int) -> byte
     if not 0 <= start < stop <= sizes[name]:
         raise HubError(f"'{name}' of '{repository}' has {sizes[name]} bytes: no bytes {start} to {stop} in it")
     with _faults(repository, repository.cache_dir):
-        return bytes(_patiently(partial(_stream, repository, name, start, stop)))
+        return bytes(patiently(partial(_stream, repository, name, start, stop)))
 
 
 def download(path: ModelPath, *, cache_dir: Path | None = None, quiet: bool = False) -> Path:
@@ -172,7 +178,7 @@ def download(path: ModelPath, *, cache_dir: Path | None = None, quiet: bool = Fa
     return folder
 
 
-def _is_safe(name: str) -> bool:
+def is_safe_name(name: str) -> bool:
     """True for a relative name that stays in its folder, on Windows too (where both slashes and drives count)."""
     pure = PureWindowsPath(name)
     return bool(pure.parts) and not pure.anchor and ".." not in pure.parts and "\0" not in name
@@ -185,7 +191,8 @@ def _is_any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _small(repository: Repository) -> list[str]:
-    return [file.name for file in repository.files if file.size <= _SMALL_LIMIT and _is_any(file.name, _SMALL)]
+    names = [file.name for file in repository.files if file.size <= _SMALL_LIMIT and _is_any(file.name, _SMALL)]
+    return names if any(name.lower() != _CARD for name in names) else []
 
 
 def _weights(names: Iterable[str]) -> list[str]:
@@ -205,7 +212,7 @@ def _fetch(repository: Repository, names: Sequence[str], quiet: bool) -> Path:
         place: dict[str, Any] = {"revision": repository.commit, "cache_dir": repository.cache_dir}
         with ThreadPoolExecutor(4) as pool:
             one = partial(hf_hub_download, repository.repo_id, **place)
-            paths = [Path(path) for path in pool.map(lambda name: _patiently(partial(one, name)), names)]
+            paths = [Path(path) for path in pool.map(lambda name: patiently(partial(one, name)), names)]
         sizes = {file.name: file.size for file in repository.files}
         for name, path in zip(names, paths, strict=True):
             if path.stat().st_size != sizes[name]:  # of the file we name, not of the link to it, which would come back
@@ -257,7 +264,7 @@ def _find_cached(path: ModelPath, cache_dir: Path | None) -> Path:
     return folder
 
 
-def _patiently(call: Callable[[], Any]) -> Any:
+def patiently(call: Callable[[], Any]) -> Any:
     """Call, and again after growing pauses if the hub stumbled: thrice more; once more if it was not reached at all."""
     pause = _PAUSE
     for tried in itertools.count(1):
@@ -265,7 +272,7 @@ def _patiently(call: Callable[[], Any]) -> Any:
             return call()
         except Exception as error:
             cause = _cause(error)
-            status = _status(cause)
+            status = status_of(cause)
             is_final = isinstance(cause, MergekitError | ValueError | LookupError | TypeError | AttributeError)
             if is_final or status in {*range(400, 500)} - {429} or tried == (4 if status else 2):
                 raise
@@ -282,8 +289,9 @@ def _cause(error: Exception) -> Exception:
     return error.__cause__ if is_second_hand else error  # type: ignore[return-value]
 
 
-def _status(error: Exception) -> int:
-    return int(getattr(getattr(error, "response", None), "status_code", 0))  # 0: not an answer of a server
+def status_of(error: Exception) -> int:
+    """The HTTP status that an error came with, 0 if it is no answer of a server."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
 
 
 def _asked_pause(error: Exception) -> float:
@@ -292,7 +300,8 @@ def _asked_pause(error: Exception) -> float:
     return float(text) if re.fullmatch(r"[0-9]{1,4}", text) else 0.0
 
 
-def _host() -> str:
+def host_name() -> str:
+    """The hub as messages name it."""
     from huggingface_hub import constants
 
     return urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2] or "the hub"  # an address may hold a password
@@ -300,7 +309,7 @@ def _host() -> str:
 
 def _nonsense(what: str) -> HubError:
     advice = "check the network and HF_ENDPOINT and run again, or set HF_HUB_OFFLINE=1 to use what is cached"
-    return HubError(f"{_host()} {what}: {advice}")
+    return HubError(f"{host_name()} {what}: {advice}")
 
 
 @contextmanager
@@ -316,7 +325,7 @@ def _translate(error: Exception, asked: str, cache_dir: Path | None) -> Mergekit
     from huggingface_hub import constants, errors
 
     error = _cause(error)
-    status, host = _status(error), _host()
+    status, host = status_of(error), host_name()
     if isinstance(error, errors.HFValidationError):
         return ModelNotFoundError(f"no hub can hold a model called '{asked}': write org/name, or the path of a folder")
     if isinstance(error, errors.GatedRepoError):

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from command import mergekit
 from error_cases_build import MERGE, RECIPE, Build, Case, Group, changes, several, text
-from hub_server import HubServer
+from hub_server import TOKEN, HubServer
 
 __all__ = ["GROUPS"]
 
@@ -251,7 +251,86 @@ CHECKING = [
         meaning="Bring the recipe back as it was, or merge with the new one.",
     ),
 ]
+PUSH = "mergekit push models/a org/model --quiet"
+
+
+@contextmanager
+def _writable(status: int = 0, token: str = TOKEN, **attributes: Any) -> Iterator[None]:
+    """The hub, for somebody with a token."""
+    with _hub(status, **attributes), patch.dict(os.environ, {"HF_TOKEN": token}):
+        yield
+
+
+def _made_here(folder: Path) -> None:
+    """A merge whose recipe has absolute paths, at a place that can be printed."""
+    path = folder / "out/mergekit_config.yml"
+    _merged()(folder)
+    path.write_text(RECIPE.replace("models/a", "/data/models/a"))
+
+
+PUBLISHING = [
+    Case(
+        title="The name can't be one of a repository",
+        build=lambda folder: None,
+        command="mergekit push models/a model",
+        message="no repository of the hub can be called 'model': write org/name",
+        meaning="Give the user or organisation that it belongs to, and a name.",
+    ),
+    Case(
+        title="There is no token",
+        build=lambda folder: None,
+        command=PUSH,
+        code=1,
+        during=lambda: _writable(token=""),
+        message="no token for huggingface.co: `hf auth login` with one that may write, or set HF_TOKEN",
+        meaning="A page of the hub's settings makes tokens.",
+    ),
+    Case(
+        title="The token may not write there",
+        build=lambda folder: None,
+        command=PUSH,
+        code=1,
+        during=lambda: _writable(403),
+        message=(
+            "huggingface.co refuses to let this token write to 'org/model' (HTTP 403): take one that may write there, "
+            "or a name below your own"
+        ),
+        meaning="Tokens are for reading or for writing, and for one's own name or organisations.",
+    ),
+    Case(
+        title="The hub fails while a model is published",
+        build=lambda folder: None,
+        command=PUSH,
+        code=1,
+        during=lambda: _writable(500),
+        message=(
+            "huggingface.co gives no usable answer for 'org/model' (HTTP 500): check the network and HF_ENDPOINT and "
+            "push again; what has arrived is not sent twice"
+        ),
+        meaning="Nothing changed there: a push is one commit.",
+    ),
+    Case(
+        title="A merge is not finished",
+        build=lambda folder: (folder / "models/a/.mergekit-staging").mkdir(),
+        command=PUSH,
+        during=_writable,
+        message=("models/a holds a merge that did not end (.mergekit-staging): run its command again, then push"),
+        meaning="Only complete models are published.",
+    ),
+    Case(
+        title="The recipe names folders of this machine",
+        build=_made_here,
+        command="mergekit push out org/model --no-verify --quiet",
+        during=_writable,
+        message=(
+            "the recipe names folders of this machine, for everyone to read: /data/models/a; --yes publishes it all "
+            "the same"
+        ),
+        meaning="With names of the hub or relative paths in the recipe, others can use it, too.",
+    ),
+]
 GROUPS = (
     Group("The hub", "Models that are no folders here.", ON_HUB),
     Group("Reproducing a model", "`mergekit reproduce` merges again and compares.", CHECKING),
+    Group("Publishing a model", "`mergekit push` uploads a model.", PUBLISHING),
 )

@@ -5,8 +5,9 @@
         assert server.sent("resolve") < 1000
 
 It serves model info (``/api/models/...``) and files (``/org/model/resolve/...``) with ETag, commit, ranges and the
-error codes of the hub. A repository is a folder, or a folder per branch or tag; its commit is a hash of its content, so
-a changed folder is a new commit. The attributes of ``HubServer`` make it misbehave, and can be set while it runs.
+error codes of the hub, and takes uploads (``hub_uploads``). A repository is a folder, or a folder per branch or tag;
+its commit is a hash of its content, so a changed folder is a new commit. The attributes of ``HubServer`` make it
+misbehave, and can be set while it runs.
 
 huggingface_hub reads its address when it is imported: clients run in processes of their own, with ``environment``.
 """
@@ -25,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from hub_uploads import Uploads
 
 __all__ = ["TOKEN", "HubServer", "Request"]
 
@@ -73,6 +76,10 @@ class HubServer:
         self.uses_cdn = False  # send files from another host, "localhost", by redirect as the hub does with weights
         self.info: bytes | None = None  # sent in place of all model info
         self.changes: dict[str, Any] = {}  # laid over all model info
+        self.writers: set[str] = set()  # tokens that may write
+        self.private: set[str] = set()  # repositories
+        self.uploads: Uploads | None = None  # takes what is written
+        self.fails_on = ""  # a part of the paths that `fail_status` is for
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -94,6 +101,7 @@ class HubServer:
             "HF_TOKEN": "",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1,localhost",
             **more,
         }
@@ -161,14 +169,23 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
 
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
         def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             time.sleep(hub.delay)
             raw, token = urlsplit(self.path).path, self.entry.token
-            if hub.fail_status and hub.fail_times:
+            if hub.fail_status and hub.fail_times and hub.fails_on in raw:
                 hub.fail_times -= 1
                 return self.refuse(hub.fail_status, "", "the hub is on fire")
             if token in hub.bad_tokens:
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
+            if self.command in ("POST", "PUT"):
+                return self.take(raw, body)
             asked = _FILE.fullmatch(raw) or _INFO.fullmatch(raw)
             if asked is None or (repo := unquote(asked["repo"])) not in hub.repositories:
                 return self.refuse(401 if token is None else 404, "RepoNotFound", "Repository not found")
@@ -184,10 +201,23 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return self.refuse(404, "EntryNotFound", "Entry not found")
             return self.send_file(found[0], path, is_cdn=raw.startswith("/cdn/"))
 
+        def take(self, path: str, body: bytes) -> None:
+            if self.command == "POST" and self.entry.token not in hub.writers:
+                return self.refuse(401 if self.entry.token is None else 403, "", "You may not write here")
+            status, answer = hub.uploads.take(hub, path, body) if hub.uploads else (404, {})
+            return self.send(status, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
         def send_info(self, repo: str, commit: str, folder: Path) -> None:
             siblings = [{"rfilename": name, "size": path.stat().st_size} for name, path in _files(folder).items()]
             gate = "manual" if repo in hub.gated else False
-            info = {"id": repo, "modelId": repo, "sha": commit, "private": False, "gated": gate, "siblings": siblings}
+            info = {
+                "id": repo,
+                "modelId": repo,
+                "sha": commit,
+                "private": repo in hub.private,
+                "gated": gate,
+                "siblings": siblings,
+            }
             body = json.dumps({**info, **hub.changes}).encode() if hub.info is None else hub.info
             self.send(200, {"Content-Type": "application/json"}, body)
 

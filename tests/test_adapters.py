@@ -443,7 +443,7 @@ def test_models_and_folders_have_names_that_cards_can_show():
     mergekit.run_merge(recipe, "out")
     card = Path("out/README.md").read_text()
     assert str(Path.cwd()) not in card
-    assert "\n* base+adapter\n" in card
+    assert "\n| base+adapter |\n" in card
     assert "base_model" not in card.partition("# out")[0]
 
 

@@ -83,6 +83,7 @@ SHOWN = {
     "help-moe": ["moe", "--help"],
     "help-plan": ["plan", "--help"],
     "help-methods": ["methods", "--help"],
+    "help-push": ["push", "--help"],
     "methods": ["methods"],
     "methods-ties": ["methods", "ties"],
     "methods-passthrough": ["methods", "passthrough"],
@@ -249,7 +250,7 @@ def test_the_flags_are_frozen():
     assert flags(moe_command) == {*FLAGS, *MOE_FLAGS, "--dry-run", "--json", "--version"}
     assert list(_COMMANDS) == [
         "new", "merge", "moe", "lora", "plan", "explain", "inspect", "diff", "tokenizer", "methods", "verify",
-        "reproduce", "report", "warmup", "completion",
+        "reproduce", "report", "push", "warmup", "completion",
     ]  # fmt: skip
 
 

@@ -414,7 +414,7 @@ def test_a_packed_model_and_an_adapter_on_a_hub(tmp_path):
     assert Path("out/model.safetensors").read_bytes() == Path("local/model.safetensors").read_bytes()
     card = Path("out/README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == ["org/packed", "org/adapter"]
-    assert re.search(r"\* org/packed\+org/adapter\n", card)
+    assert re.search(r"\| \[org/packed\]\(https://huggingface.co/org/packed/tree/\w{40}\)\+org/adapter \|", card)
 
 
 def test_bake_takes_the_quantisation_as_an_option():

@@ -157,6 +157,7 @@ def cache(tmp_path: Path) -> Path:
 SMALL = {
     "LICENSE": b"free",
     "Notice.txt": b"of someone",
+    "README.md": b"# model",
     "additional_chat_templates/tool.jinja": b"{{ tools }}",
     "chat_template.jinja": b"{{ messages }}",
     "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
@@ -171,7 +172,6 @@ SMALL = {
 SAFE = {"model-1.safetensors": WEIGHTS, "model-2.safetensors": WEIGHTS + b"\0"}
 PICKLED = {"pytorch_model-1.bin": b"PK\x03\x04", "adapter_model.bin": b"PK\x03\x05"}
 UNUSED = {
-    "README.md": b"# model",
     "consolidated.safetensors": WEIGHTS,
     "consolidated.safetensors.index.json": b'{"weight_map": {"a": "consolidated-9.safetensors"}}',
     "model.gguf": b"GGUF",
@@ -302,7 +302,7 @@ def test_ranges_of_unknown_files(server: HubServer, client: Client) -> None:
 def test_download_takes_safetensors_and_leaves_the_rest(server: HubServer, client: Client, cache: Path) -> None:
     folder = client.ask("download", cache=cache)
     assert contents(folder) == SMALL | SAFE
-    assert not [request for request in server.requests() if request.path.endswith((".bin", ".gguf", ".md"))]
+    assert not [request for request in server.requests() if request.path.endswith((".bin", ".gguf"))]
 
 
 def test_download_falls_back_to_bin(server: HubServer, client: Client, cache: Path, tmp_path: Path) -> None:

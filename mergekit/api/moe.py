@@ -167,8 +167,9 @@ def run_moe_plan(
             lines.append(f"verified: {check_identity(made, staging, options)}")
         return [("routing.json", without_paths(report.to_json(), made.plan)) for report in reports]
 
-    def card(title: str) -> str:
-        return moe_card(made.plan, title, without_paths(reports[0].markdown(), made.plan) if reports else None)
+    def card(title: str, summary: Mapping[str, Any] | None) -> str:
+        routing = without_paths(reports[0].markdown(), made.plan) if reports else None
+        return moe_card(made.plan, title, routing, summary)
 
     hooks = Hooks(prepare, measure, card, log_compile, advance, opened)
     remarks += run_plan(made.plan, folder, options, hooks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +40,14 @@ class Hooks:
     """What a run does beyond its plan, and whom it tells.
 
     ``prepare`` gets the staging folder and makes the plan's prepared sources there. ``measure`` gets it once all
-    tensors are written, and returns more documents; ``card`` makes README.md. ``on_compile`` is told which kernels
-    are about to be compiled, ``advance`` of finished bytes, ``opened`` of each tensor that is begun.
+    tensors are written, and returns more documents; ``card`` makes README.md of its title and of the summary of the
+    statistics (None without). ``on_compile`` is told which kernels are about to be compiled, ``advance`` of finished
+    bytes, ``opened`` of each tensor that is begun.
     """
 
     prepare: Callable[[Path], None] | None = None
     measure: Callable[[Path], list[Document]] | None = None
-    card: Callable[[str], str] | None = None
+    card: Callable[[str, Mapping[str, Any] | None], str] | None = None
     on_compile: Callable[[list[str]], None] | None = None
     advance: Callable[[int], None] = lambda nbytes: None
     opened: Callable[[str], None] = lambda name: None
@@ -95,7 +96,7 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         more = hooks.measure(staging.folder) if hooks.measure else []
         if plan.statistics and staging.figures:
             more = [(STATS, stats_text(plan, staging.figures)), *more]
-        documents = [*more, *_documents(plan, folder, options, hooks)]
+        documents = [*more, *_documents(plan, folder, options, hooks, dict(more).get(STATS))]
         if options.write_model_card and plan.config:
             manifest = manifest_text(plan, staging.checksums, options.lasting(), documents)
             documents.insert(-1, (MANIFEST, manifest))  # config.json stays last
@@ -158,7 +159,9 @@ def ready_kernels(forms: Sequence[str], on_compile: Callable[[list[str]], None] 
     return cpu
 
 
-def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> list[Document]:
+def _documents(
+    plan: Plan, folder: Path, options: RunOptions, hooks: Hooks, statistics: str | Path | None
+) -> list[Document]:
     """The small files in the order of publishing: the index first, config.json last."""
     from mergekit.output import model_card, recipe_text
 
@@ -173,7 +176,8 @@ def _documents(plan: Plan, folder: Path, options: RunOptions, hooks: Hooks) -> l
     }
     names = _document_names(plan, options)
     if "README.md" in names:
-        contents["README.md"] = hooks.card(title) if hooks.card else model_card(plan, title)
+        summary = json.loads(statistics)["summary"] if isinstance(statistics, str) else None
+        contents["README.md"] = hooks.card(title, summary) if hooks.card else model_card(plan, title, summary)
     return [(name, contents[name]) for name in names]
 
 

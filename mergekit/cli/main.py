@@ -23,6 +23,7 @@ _COMMANDS = {
     "verify": "Check a model: files, values, and the checksums of the merge that wrote it.",
     "reproduce": "Merge again what a model was made from, and compare.",
     "report": "Write a page about a merged model: recipe, parameters, figures.",
+    "push": "Publish a model on the hub.",
     "warmup": "Compile the CPU kernels ahead of the first merge.",
     "completion": "Print what makes a shell complete commands, options and paths.",
 }

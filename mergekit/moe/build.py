@@ -30,6 +30,7 @@ from mergekit.planning.document import TOKENIZER_FILES, donor_files
 from mergekit.planning.express import Expresser, Made
 from mergekit.planning.expression import Apply, Leaf, Noise, PermuteScale, leaves
 from mergekit.planning.leaf import cast, leaf_of
+from mergekit.planning.licences import input_cards, licence_notes, licence_warnings
 from mergekit.planning.models import Model, Models, open_models
 from mergekit.planning.pack import pack
 from mergekit.planning.plan import Mixture, Plan, Source
@@ -116,7 +117,8 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
     set_dtype(entries, dtype)
     set_tied(entries, not any(is_head(tensor.name) for tensor in made))
     warnings += [*disagreements(models), *_check_vocabularies(recipe, models, positions, made)]
-    warnings += _lost_attention(models, positions, left_out)
+    cards = input_cards(sources)
+    warnings += [*_lost_attention(models, positions, left_out), *licence_warnings(cards)]
     copied = donor_files(models, tokenizer=options.copy_tokenizer)
     how_shared = config.attention if isinstance(config.attention, str) else config.attention.merge_method
     plan = Plan(
@@ -137,6 +139,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
             *target.notices(dense, counts),
             *models.notes,
             *remarks,
+            *licence_notes(cards),
             *(f"{m.reference.short}: {notice}" for m in models.models for notice in m.checkpoint.notices),
         ),
         recipe=recipe.text.text,

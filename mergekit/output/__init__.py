@@ -16,7 +16,7 @@ from mergekit.output.manifest import (
     recipe_text,
     sha256,
 )
-from mergekit.output.staging import STAGING, Staging, holds_weights, refuse_replacing
+from mergekit.output.staging import STAGING, Staging, holds_weights, is_model_file, refuse_replacing
 from mergekit.output.stats import STATS, lost_to_rounding, read_summary, stats_text
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Staging",
     "holds_weights",
     "inputs_of_plan",
+    "is_model_file",
     "lost_to_rounding",
     "manifest_text",
     "model_card",

@@ -3,103 +3,144 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit.methods import get_method
+from mergekit.output import card_parts as parts
+from mergekit.output.front_matter import front_matter
+from mergekit.output.markdown import escape, fenced
+from mergekit.planning.licences import input_cards, licence_notes, licence_warnings
 from mergekit.planning.plan import Plan, Source
 
-__all__ = ["FRONT_MATTER", "hub_names", "model_card", "render", "without_paths"]
-
-FRONT_MATTER = """\
----
-{%- if hub_names %}
-base_model:
-{%- for name in hub_names %}
-- {{ name | tojson }}
-{%- endfor %}
-{%- endif %}
-library_name: transformers
-tags:
-- mergekit
-- merge
-"""
-"""The head of a card, to be followed by more tags and closed."""
+__all__ = ["in_words", "local_paths", "model_card", "remarks", "render", "without_paths"]
 
 _TEMPLATE = """\
----
 # {{ title }}
 
-This model was made by merging pretrained language models with mergekit {{ version }}.
+{{ what }}
 
-## How it was made
+## Models
 
-Method: {{ method_name }}{% if base %}, with **{{ base }}** as the base model{% endif %}.
-{{ method.summary }}
+{{ models }}
+{%- if others %}
 
-Models:
-{% for name in models %}
-* {{ name }}
-{%- endfor %}
-
-{{ parameters }} parameters in {{ dtypes }}; config and tokenizer are those of {{ donor }}.
-{%- if warnings %}
-
-Noted while planning:
-{% for warning in warnings %}
-* {{ warning }}
-{%- endfor %}
+For all of them: {{ others }}.
 {%- endif %}
 
-The recipe:
+## Use
 
-```yaml
+{{ use }}
+{%- if statistics %}
+
+## What the merge did
+
+{{ statistics }}
+{%- endif %}
+{%- if licences %}
+
+## Licences
+
+{{ licences }}
+{%- endif %}
+{%- if remarks %}
+
+## Noted while planning
+
+{{ remarks }}
+{%- endif %}
+
+## Recipe
+
 {{ recipe }}
-```
 
-{%- if method.paper %}
+{{ again }}
+{%- if citations %}
 
-## Reference
+## Citation
 
-{{ method.paper }}. <{{ method.url }}>
+{{ citations }}
 {%- endif %}
 """
 
 
-def model_card(plan: Plan, title: str) -> str:
-    """README.md for the result of ``plan``. ``title`` is usually the name of the output folder."""
-    method = get_method(plan.method)
-    shorts = [source.short for source in plan.sources]
-    models = [source.short for source in plan.sources if not source.adapter]
-    dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
-    return render(
-        FRONT_MATTER + _TEMPLATE,
-        title=title,
-        version=plan.version,
-        method=method,
-        method_name=f"[{method.title}]({method.url})" if method.url else method.title,
-        models=models,
-        hub_names=hub_names(plan),
-        base=None if plan.base is None else shorts[plan.base],
-        donor=shorts[plan.donor],
-        parameters=f"{plan.parameters:,}",
-        dtypes=" and ".join(dtypes) or "integers",
-        warnings=[without_paths(w, plan) for w in plan.warnings],
-        recipe=without_paths(plan.recipe.rstrip(), plan),
+def model_card(plan: Plan, title: str, summary: Mapping[str, Any] | None = None) -> str:
+    """README.md for the result of ``plan``. ``title`` is usually the name of the output folder.
+
+    ``summary`` holds the figures of the whole merge, as merge_stats.json has them; None where none were gathered.
+    """
+    cards = input_cards(plan.sources)
+    return front_matter(plan, cards, [plan.method]) + render(
+        _TEMPLATE,
+        title=escape(title),
+        what=_what(plan),
+        models=parts.models(plan, cards),
+        others=parts.others(plan),
+        use=parts.use(plan, title),
+        statistics=parts.statistics(summary, plan),
+        licences=parts.licences(cards),
+        remarks=remarks(plan, plan.warnings),
+        recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
+        again=parts.again(plan),
+        citations=parts.citations(plan),
     )
+
+
+def _what(plan: Plan) -> str:
+    """A paragraph: what this is, by which method, of which size, with whose config and tokenizer."""
+    method = get_method(plan.method)
+    positions = [i for i, source in enumerate(plan.sources) if not (source.prepared or source.adapter)]
+    onto = plan.base if method.form.space == "deltas" and method.base != "ignored" else None
+    merged = [f"**{parts.model_name(plan, i)}**" for i in positions if i != onto]
+    names = in_words(merged) if len(merged) <= 6 else f"{len(merged)} models"
+    base = "" if onto is None else f" onto the base model **{parts.model_name(plan, onto)}**"
+    made = f"a merge of {names}{base}" if len(merged) > 1 or base else f"made from {names}"
+    title = f"[{escape(method.title)}]({method.url})" if method.url else escape(method.title)
+    summary = escape(method.summary.rstrip("."))
+    dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
+    return (
+        f"This model is {made}, with mergekit by {title}: {summary[:1].lower()}{summary[1:]}. It has "
+        f"{plan.parameters:,} parameters in {in_words(list(dtypes)) or 'integers'}; its config {_origin(plan)}."
+    )
+
+
+def _origin(plan: Plan) -> str:
+    """Whose config and tokenizer the result has."""
+    donor = parts.model_name(plan, plan.donor)
+    owners = [source for source, name in plan.files if name in parts.TOKENIZER_FILES]
+    if any(name in parts.TOKENIZER_FILES and name.startswith("tokenizer") for name, _ in plan.texts):
+        return f"is that of {donor}, its tokenizer was made for it"
+    if not owners:
+        return f"is that of {donor}, and it has no tokenizer"
+    if plan.donor in owners:
+        return f"and tokenizer are those of {donor}"
+    return f"is that of {donor}, its tokenizer that of {parts.model_name(plan, owners[0])}"
+
+
+def remarks(plan: Plan, texts: Sequence[str]) -> str:
+    """Warnings and notes of a plan as a list; what the card says of licences elsewhere is left out."""
+    cards = input_cards(plan.sources)
+    told = {*licence_warnings(cards), *licence_notes(cards)}
+    return "\n".join(f"* {escape(without_paths(text, plan))}" for text in texts if text not in told)
+
+
+def in_words(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def render(template: str, **facts: Any) -> str:
     """A jinja2 template with every name that it uses given."""
     from jinja2 import Environment, StrictUndefined
 
-    return str(Environment(undefined=StrictUndefined, autoescape=False).from_string(template).render(**facts))
+    environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    return str(environment.from_string(template).render(**facts))
 
 
-def hub_names(plan: Plan) -> list[str]:
-    """The models and adapters that are repositories on the hub."""
-    found = [_first(source) for source in plan.sources if not source.prepared]
-    return list(dict.fromkeys(short for path, short in found if "/" in short and not Path(path).exists()))
+def local_paths(text: str) -> list[str]:
+    """The absolute paths in ``text``, in order: what tells strangers about this machine."""
+    found = dict.fromkeys(match[0] for match in _ABSOLUTE.finditer(text))
+    return [path for path in found if path.count("/") > 1 or path.startswith("~")]
 
 
 def without_paths(text: str, plan: Plan | None) -> str:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from mergekit.output.card import FRONT_MATTER, hub_names, render, without_paths
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit.output import card_parts as parts
+from mergekit.output.card import in_words, remarks, render, without_paths
+from mergekit.output.front_matter import front_matter
+from mergekit.output.markdown import escape, fenced, table
+from mergekit.planning.licences import input_cards
 from mergekit.planning.plan import Plan
 
 __all__ = ["moe_card"]
 
 _TEMPLATE = """\
-- moe
----
 # {{ title }}
 
-A mixture of {{ experts | length }} experts, made of dense language models with mergekit {{ version }}. In each layer a
-router sends every token through {{ per_token }} of the experts.
+A mixture of {{ experts }} experts, made of dense language models by mergekit. In each layer a router sends every token
+through {{ per_token }} of the experts.
 
-| expert | MLPs of |
-|---:|---|
-{%- for name in experts %}
-| {{ loop.index0 }} | {{ name }} |
-{%- endfor %}
+## Experts
+
+{{ table }}
 
 Everything else (attention, norms, embeddings, head) is
 {%- if shared == "base" %} that of **{{ base }}**: what the experts learnt there is not in this model.
@@ -29,12 +32,7 @@ Everything else (attention, norms, embeddings, head) is
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({{ title | tojson }}{{ ", trust_remote_code=True" if has_code }})
-tokenizer = AutoTokenizer.from_pretrained({{ title | tojson }}{{ ", trust_remote_code=True" if has_code }})
-```
+{{ use }}
 
 {% if has_code -%}
 The architecture is in the two Python files beside the weights, so `trust_remote_code=True` is needed. They work with
@@ -44,48 +42,73 @@ llama.cpp don't know this architecture; build with `architecture: mixtral` for t
 A native Mixtral: transformers 4.48 and newer load it (tested). vLLM and llama.cpp read these names of tensors and this
 config, going by their source; what they leave out is noted below.
 {%- endif %}
-{%- if remarks %}
-
-Noted while planning:
-{% for remark in remarks %}
-* {{ remark }}
-{%- endfor %}
-{%- endif %}
 {%- if routing %}
 
 ## Routing
 
 {{ routing }}
 {%- endif %}
+{%- if statistics %}
 
-The recipe:
+## What the merge of the shared weights did
 
-```yaml
+{{ statistics }}
+{%- endif %}
+{%- if licences %}
+
+## Licences
+
+{{ licences }}
+{%- endif %}
+{%- if remarks %}
+
+## Noted while planning
+
+{{ remarks }}
+{%- endif %}
+
+## Recipe
+
 {{ recipe }}
-```
+
+{{ again }}
+{%- if citations %}
+
+## Citation
+
+{{ citations }}
+{%- endif %}
 """
 
 
-def moe_card(plan: Plan, title: str, routing: str | None) -> str:
-    """README.md for the mixture of ``plan``. ``routing``: the routing report as Markdown, None where none was made."""
+def moe_card(plan: Plan, title: str, routing: str | None, summary: Mapping[str, Any] | None = None) -> str:
+    """README.md for the mixture of ``plan``.
+
+    ``routing``: the routing report as Markdown, ``summary``: the figures of what was merged; None where there are none.
+    """
     assert plan.mixture is not None
-    mixture = plan.mixture
-    shorts = [source.short for source in plan.sources]
+    mixture, cards = plan.mixture, input_cards(plan.sources)
+    is_merged = mixture.shared not in ("base", "average")
+    rows = [[str(number), parts.model_name(plan, position)] for number, position in enumerate(mixture.experts)]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
-    return render(
-        FRONT_MATTER + _TEMPLATE,
-        title=title,
-        version=plan.version,
-        hub_names=hub_names(plan),
-        experts=[shorts[position] for position in mixture.experts],
+    return front_matter(plan, cards, ["moe", *([mixture.shared] if is_merged else [])]) + render(
+        _TEMPLATE,
+        title=escape(title),
+        experts=len(mixture.experts),
         per_token=mixture.per_token,
+        table=table(["expert", "MLPs of"], rows),
         shared=mixture.shared,
-        base=shorts[plan.donor],
+        base=parts.model_name(plan, plan.donor),
         gate_mode=mixture.gate_mode,
         parameters=f"{plan.parameters:,}",
-        dtypes=" and ".join(dtypes),
+        dtypes=in_words(list(dtypes)),
+        use=parts.use(plan, title),
         has_code=bool(plan.texts),
-        remarks=[without_paths(text, plan) for text in (*plan.warnings, *plan.notes)],
-        routing=routing,
-        recipe=without_paths(plan.recipe.rstrip(), plan),
+        statistics=parts.statistics(summary, plan) if is_merged else "",
+        licences=parts.licences(cards),
+        remarks=remarks(plan, [*plan.warnings, *plan.notes]),
+        routing=routing.rstrip() if routing else None,
+        recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
+        again=parts.again(plan),
+        citations=parts.citations(plan) if is_merged else "",
     )

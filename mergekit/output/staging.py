@@ -32,7 +32,7 @@ from mergekit.output.manifest import MANIFEST, read_manifest, sha256
 from mergekit.output.stats import STATS
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["STAGING", "Staging", "holds_weights", "refuse_replacing"]
+__all__ = ["STAGING", "Staging", "holds_weights", "is_model_file", "refuse_replacing"]
 
 STAGING = ".mergekit-staging"
 _MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
@@ -343,7 +343,12 @@ def holds_weights(folder: Path) -> list[str]:
     """The files of ``folder`` that loaders would take for a model's weights, or for an index of them."""
     if not folder.is_dir():
         return []
-    return sorted(p.name for p in folder.iterdir() if p.is_file() and _MODEL_FILE.match(p.name))
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and is_model_file(p.name))
+
+
+def is_model_file(name: str) -> bool:
+    """Whether loaders would take a file of this name for a model's weights, or for an index of them."""
+    return bool(_MODEL_FILE.match(name))
 
 
 def refuse_replacing(folder: Path, *, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from mergekit.planning.agree import disagreements
 from mergekit.planning.document import make_config
 from mergekit.planning.express import Expresser, Listener
 from mergekit.planning.expression import leaves
+from mergekit.planning.licences import input_cards, licence_notes, licence_warnings
 from mergekit.planning.models import Models, check_architectures, open_recipe
 from mergekit.planning.pack import pack
 from mergekit.planning.plan import Plan, Source
@@ -75,8 +76,11 @@ def build_plan(recipe: Recipe, options: PlanOptions, listener: Listener | None =
     reason = "outside the slices" if recipe.config.slices else "the result has no tensor for it"
     left_out = (*slots.left_out, *((number, name, reason) for number, name in unused_parts(models, used)))
     warnings += expresser.all_warnings() + more + words + _left_out_warning(models, left_out)
+    sources = sources_of(models)
+    cards = input_cards(sources)
+    warnings += licence_warnings(cards)
     outputs, shards, index = pack(made, options.shard_size)
-    notes = [*recipe.notes, *models.notes, *code_note(models, files.copied)]
+    notes = [*recipe.notes, *models.notes, *code_note(models, files.copied), *licence_notes(cards)]
     for model in models.models:
         notes += [f"{model.reference.short}: {notice}" for notice in model.checkpoint.notices]
     if any(read.info.dtype.code == "F64" for output in outputs for read in leaves(output.expression)):
@@ -86,7 +90,7 @@ def build_plan(recipe: Recipe, options: PlanOptions, listener: Listener | None =
         version=__version__,
         method=recipe.method.name,
         seed=seed,
-        sources=sources_of(models),
+        sources=sources,
         base=models.base,
         donor=models.donor,
         outputs=outputs,
