@@ -205,3 +205,22 @@ def test_the_command(tmp_path):
         ([folders[0], tmp_path / "none"], 2, "none"),
     ):
         command.assert_refused(command.mergekit("diff", *arguments), code, words)
+
+
+def test_the_page(tmp_path):
+    pytest.importorskip("altair", reason="draws charts")
+    folders = family(tmp_path, 3, BF16, SHAPES, delta=0.05)
+    strange = folders[1].rename(tmp_path / "<b>x")
+    done = command.mergekit("diff", folders[0], strange, folders[2], "--html", tmp_path / "d.html")
+    assert done.code == 0, done.err
+    text = (tmp_path / "d.html").read_text()
+    record = diff(folders[0], strange, folders[2]).record()
+    assert "<b>x" not in text
+    assert "&lt;b&gt;x" in text
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    assert str(tmp_path) not in text
+    assert text.count("<svg") == 3
+    assert f"{record['total']['cosines'][0]:.3f}" in text
+    for figure in (record["roles"]["q"]["moved"][0], record["tensors"]["model.norm.weight"]["moved"][1]):
+        assert isinstance(figure, float)
+    assert f"{record['tensors']['model.norm.weight']['moved'][1] * 100:.3g} %" in text

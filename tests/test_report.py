@@ -5,9 +5,7 @@ Screenshots of the browser tests are kept in ``tests/artifacts``, or in the fold
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 
 import mergekit
+from browsing import in_browser, screenshot
 from command import assert_refused, warm_up
 from command import mergekit as run
 from files import LAYERS, write_model
@@ -30,7 +29,6 @@ from mergekit.output.report.words import findings
 from mergekit.planning.expression import Apply
 
 ROOT = Path(mergekit.__file__).parent.parent
-SHOTS = Path(os.environ.get("MERGEKIT_SCREENSHOTS", ROOT / "tests" / "artifacts"))
 DOCUMENTS = ("merge_stats.json", "merge_manifest.json", "config.json")
 RECIPE = """
 # fades out <b>&amp;
@@ -287,21 +285,7 @@ def test_a_damaged_routing_report_is_refused(merged, tmp_path, change):
 
 # In a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-in_browser = pytest.mark.skipif(
-    CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="needs playwright and Chromium"
-)
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -328,11 +312,6 @@ def show(browser: Any, merged: Path) -> Iterator[Open]:
     assert said == []
 
 
-def shot(shown_page: Any, name: str) -> None:
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    shown_page.screenshot(path=SHOTS / f"report-{name}.png", full_page=True)
-
-
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_renders_readably_in_light_and_dark(show, scheme):
@@ -341,7 +320,7 @@ def test_it_renders_readably_in_light_and_dark(show, scheme):
     ratios = opened.evaluate(CONTRAST)
     assert len(ratios) > 200
     assert min(ratio for ratio, _ in ratios) >= 4.5, min(ratios)
-    shot(opened, scheme)
+    screenshot(opened, f"report-{scheme}")
 
 
 @in_browser
@@ -353,7 +332,7 @@ def test_the_pointer_reads_values(show):
     figure.locator(".cells path").nth(inside).hover()
     tip = opened.locator("#tip").inner_text().split("\n")
     assert tip == ["layer 0 · norm", expected]
-    shot(opened, "tooltip")
+    screenshot(opened, "report-tooltip")
 
 
 @in_browser
@@ -373,7 +352,7 @@ def test_the_keyboard_reads_values(show):
         assert opened.locator("#said").text_content().startswith(heard[-1])
     assert heard == ["before the layers · embedding", "layer 0 · norm", "layer 0 · q", "layer 1 · q", "layer 1 · norm",
                      "layer 0 · norm"]  # fmt: skip
-    shot(opened, "keyboard")
+    screenshot(opened, "report-keyboard")
     opened.keyboard.press("Escape")
     assert opened.locator("#tip").is_hidden()
 
@@ -393,7 +372,7 @@ def test_everything_has_a_name_and_a_place(show):
 def test_a_telephone_shows_all_of_it(show):
     opened = show(viewport={"width": 360, "height": 740})
     assert opened.evaluate("document.documentElement.scrollWidth") == 360
-    shot(opened, "phone")
+    screenshot(opened, "report-phone")
 
 
 @in_browser
@@ -402,7 +381,7 @@ def test_it_prints(show):
     assert opened.pdf().startswith(b"%PDF")
     opened.emulate_media(media="print")
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    shot(opened, "print")
+    screenshot(opened, "report-print")
 
 
 CONTRAST = """() => {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mergekit.api.compare import diff as diff
     from mergekit.api.compare import pair as pair
     from mergekit.api.comparison import Comparison as Comparison
+    from mergekit.api.comparison_page import write_comparison as write_comparison
     from mergekit.api.draft import to_merge as to_merge
     from mergekit.api.inspect import ModelSummary as ModelSummary
     from mergekit.api.inspect import inspect_model as inspect_model
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from mergekit.api.run import check_writable as check_writable
     from mergekit.api.run import run_plan as run_plan
     from mergekit.api.run import slow_part as slow_part
+    from mergekit.output.report import check_drawable as check_drawable
 
 __all__ = [
     "Advice",
@@ -46,6 +48,7 @@ __all__ = [
     "MoeOptions",
     "RunOptions",
     "advise",
+    "check_drawable",
     "check_writable",
     "compare_pairing",
     "diff",
@@ -65,6 +68,7 @@ __all__ = [
     "run_plan",
     "slow_part",
     "to_merge",
+    "write_comparison",
     "write_recipe",
 ]
 
@@ -76,6 +80,7 @@ _HOMES = {
     "MoeOptions": "mergekit.api.moe",
     "RunOptions": "mergekit.api.options",
     "advise": "mergekit.api.advice",
+    "check_drawable": "mergekit.output.report",
     "check_writable": "mergekit.api.run",
     "compare_pairing": "mergekit.api.compare",
     "diff": "mergekit.api.compare",
@@ -95,6 +100,7 @@ _HOMES = {
     "run_plan": "mergekit.api.run",
     "slow_part": "mergekit.api.run",
     "to_merge": "mergekit.api.draft",
+    "write_comparison": "mergekit.api.comparison_page",
     "write_recipe": "mergekit.api.new",
 }
 

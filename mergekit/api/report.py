@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mergekit.output import Manifest
     from mergekit.planning import Plan
 
-__all__ = ["report_model", "report_plan"]
+__all__ = ["report_model", "report_plan", "write_page"]
 
 
 def report_model(folder: Path, options: RunOptions | None = None, out: Path | None = None) -> Path:
@@ -38,7 +38,7 @@ def report_model(folder: Path, options: RunOptions | None = None, out: Path | No
     documents = {name: _text(folder / name) for name in names if (folder / name).is_file()}
     plan, gaps = _plan(folder, manifest, options or RunOptions())
     path = out or folder / REPORT
-    _write(path, page(report_data(title_of(folder), documents, plan, gaps)))
+    write_page(path, page(report_data(title_of(folder), documents, plan, gaps)))
     return path
 
 
@@ -47,7 +47,7 @@ def report_plan(plan: Plan, out: Path, title: str) -> Path:
     from mergekit.output.report import check_drawable, page, report_data
 
     check_drawable()
-    _write(out, page(report_data(title, {"config.json": plan.config} if plan.config else {}, plan, is_done=False)))
+    write_page(out, page(report_data(title, {"config.json": plan.config} if plan.config else {}, plan, is_done=False)))
     return out
 
 
@@ -77,7 +77,7 @@ def _text(path: Path) -> str:
         raise RunError(f"cannot read {path}: {reason}; make the model again") from None
 
 
-def _write(path: Path, text: str) -> None:
+def write_page(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     partial = path.with_name(f".{path.name}.part")
     try:

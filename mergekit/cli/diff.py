@@ -27,10 +27,11 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 @click.option("--tensors", is_flag=True, help="Print a table of tensors, too.")
 @click.option("--spectrum", is_flag=True, help="Find the ranks of the changes, too (slow).")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, tensor by tensor, as JSON.")
+@click.option("--html", type=Path, metavar="FILE", help="Write a page with heat maps over layers and roles.")
 @click.option("-j", "--num-threads", type=click.IntRange(min=1), help="Threads (default: one for each processor).")
 @click.option("--cache-dir", type=Path, metavar="PATH", help="Where files of hub models are kept.")
 @click.option("--quiet", is_flag=True, help="No progress and no notes.")
-def diff(models: tuple[str, ...], layers: bool, tensors: bool, spectrum: bool, as_json: bool,
+def diff(models: tuple[str, ...], layers: bool, tensors: bool, spectrum: bool, as_json: bool, html: Path | None,
          num_threads: int | None, cache_dir: Path | None, quiet: bool) -> None:  # fmt: skip
     """Print how the models OTHER... differ from the model FIRST, usually their base. Every weight is read once.
 
@@ -38,18 +39,22 @@ def diff(models: tuple[str, ...], layers: bool, tensors: bool, spectrum: bool, a
     """
     from mergekit import api
 
+    if html is not None:
+        api.check_drawable()  # before gigabytes are read
     started = time.monotonic()
     pairing = api.pair(*models, cache_dir=cache_dir, quiet=quiet)
     with progress(pairing.nbytes, shown=not quiet, what="reading") as advance:
         comparison = api.compare_pairing(
             pairing, spectrum=spectrum, threads=num_threads, on_compile=None if quiet else compiling, advance=advance
         )
+    if html is not None:
+        api.write_comparison(comparison, html)
     if as_json:
         click.echo(json.dumps({**comparison.record(), "reading": api.reading(comparison)}, indent=1))
     else:
         click.echo("\n".join(plain(line) for line in comparison_lines(comparison, layers=layers, tensors=tensors)))
     if not quiet:
-        say(f"read {size(pairing.nbytes)} in {time.monotonic() - started:.1f} s")
+        say(f"read {size(pairing.nbytes)} in {time.monotonic() - started:.1f} s{f'; wrote {html}' if html else ''}")
 
 
 def comparison_lines(comparison: Comparison, *, layers: bool = False, tensors: bool = False) -> list[str]:

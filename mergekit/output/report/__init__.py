@@ -5,7 +5,20 @@ Here: everything about the page. Not here: figures, which are gathered while mer
 """
 
 from mergekit.output.report.charts import check_drawable
-from mergekit.output.report.data import ROUTING, ReportData, report_data
-from mergekit.output.report.page import REPORT, page
+from mergekit.output.report.data import AFTER, BEFORE, ROUTING, ReportData, report_data
+from mergekit.output.report.grids import Grid
+from mergekit.output.report.page import REPORT, figures, page, render
 
-__all__ = ["REPORT", "ROUTING", "ReportData", "check_drawable", "page", "report_data"]
+__all__ = [
+    "AFTER",
+    "BEFORE",
+    "REPORT",
+    "ROUTING",
+    "Grid",
+    "ReportData",
+    "check_drawable",
+    "figures",
+    "page",
+    "render",
+    "report_data",
+]

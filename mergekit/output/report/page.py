@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from mergekit.errors import UsageError
 from mergekit.methods import Method, get_method
@@ -20,39 +22,50 @@ from mergekit.output.report.grids import (
 )
 from mergekit.output.report.words import findings, summary, totals
 
-__all__ = ["REPORT", "page"]
+__all__ = ["REPORT", "figures", "page", "render"]
 
 REPORT = "merge_report.html"
 
 
 def page(data: ReportData) -> str:
     """The report as HTML. Every name and text in it is escaped; its policy forbids to load or run anything else."""
-    from jinja2 import Environment, StrictUndefined
-
-    template, style, script = (_resource(name) for name in ("page.html.j2", "style.css", "page.js"))
     method = _method(data.method)
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     origins = feeding(data)
-    return environment.from_string(template).render(
+    return render(
+        "page.html.j2",
+        version=data.version,
         data=data,
         method=method,
         about=method.summary.replace("``", "'") if method and not data.mixture else "",
         summary=summary(data, method.title if method else data.method),
         findings=findings(data),
         totals=totals(data),
-        origins=_figures("o", [origins] if origins else []),
+        origins=figures("o", [origins] if origins else []),
         constants=constant_parameters(data),
-        parameters=_figures("p", parameter_grids(data)),
-        statistics=_figures("s", statistics_grids(data)),
-        routing=_figures("r", routing_grids(data)),
-        style=style,
-        script=script,
-        style_hash=_digest(style),
-        script_hash=_digest(script),
+        parameters=figures("p", parameter_grids(data)),
+        statistics=figures("s", statistics_grids(data)),
+        routing=figures("r", routing_grids(data)),
     )
 
 
-def _figures(prefix: str, grids: list[Grid]) -> list[tuple[str, Grid, str]]:
+def render(template: str, **facts: Any) -> str:
+    """One of the templates here, with the style and the script that its policy allows."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    style, script = _resource("style.css"), _resource("page.js")
+    environment = Environment(
+        loader=FunctionLoader(_resource),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        **facts, style=style, script=script, style_hash=_digest(style), script_hash=_digest(script)
+    )
+
+
+def figures(prefix: str, grids: Sequence[Grid]) -> list[tuple[str, Grid, str]]:
     """Each grid with its key in the page and its chart."""
     return [(f"{prefix}{number}", grid, draw(grid, f"{prefix}{number}")) for number, grid in enumerate(grids)]
 
