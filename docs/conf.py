@@ -16,6 +16,7 @@ myst_enable_extensions = ["colon_fence"]
 html_theme = "furo"
 html_title = "mergekit"
 html_show_sourcelink = False
+html_show_copyright = False
 html_copy_source = False
 highlight_language = "text"
 nitpicky = True
