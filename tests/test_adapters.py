@@ -523,7 +523,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "another rank": ({"r": 4}, 1, ("rank 3 and 3", "the settings say 4")),
     "alpha of text": ({"lora_alpha": "x"}, 1, ("'lora_alpha' is 'x'", "a finite number")),
     "alpha infinite": ({"lora_alpha": math.inf}, 1, ("'lora_alpha' is inf",)),
-    "alpha of many digits": ({"lora_alpha": 10**400}, 1, ("'lora_alpha' is 1000", "a finite number")),
+    "alpha of many digits": ({"lora_alpha": 10**400}, 1, ("a number of hundreds of digits",)),
     "alpha not a number": ({"lora_alpha": math.nan}, 1, ("'lora_alpha' is nan",)),
     "alpha in a pattern": ({"alpha_pattern": {"q_proj": None}}, 1, ("alpha_pattern: q_proj",)),
     "rank in a pattern": ({"rank_pattern": {"q_proj": -1}}, 1, ("rank_pattern: q_proj",)),
@@ -693,7 +693,7 @@ def test_options_of_old_commands_are_accepted():
 def test_the_flags_of_bake_are_frozen():
     from mergekit.cli.lora import bake as command
 
-    assert flags(command) == {*FLAGS, "--base-quantization", "--dtype", "--dry-run"}
+    assert flags(command) == {*FLAGS, "--base-quantization", "--dtype", "--dry-run", "--json"}
 
 
 def test_memory_counts_what_is_held_of_an_adapter():

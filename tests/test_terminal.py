@@ -151,7 +151,9 @@ def in_terminal(arguments: list[str], columns: int, *, interrupt: bool = False, 
     code += "from mergekit.cli.main import main; main()"
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    # COLUMNS, which other tests set, would win over the size of the terminal.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment = {**inherited, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdin=child,

@@ -271,7 +271,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         "not in the vocabulary",
     ),
     "a score that is no number": ({"model": {"type": "Unigram", "vocab": [["a", float("nan")]]}}, "pieces and scores"),
-    "a huge score": ({"model": {"type": "Unigram", "vocab": [["a", -(10**400)]]}}, "pieces and scores"),
+    "a huge score": ({"model": {"type": "Unigram", "vocab": [["a", -(10**400)]]}}, "hundreds of digits"),
     "an id far away": ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 16777214}}}, "mostly empty"),
     "half a surrogate pair": ({"model": {"type": "WordLevel", "vocab": {"\ud800": 0}}}, "half of a surrogate pair"),
     "a prefix that is a number": (

@@ -18,7 +18,7 @@ import torch
 from mergekit.errors import UsageError
 from mergekit.kernels import codec, rounding
 from mergekit.kernels.checksum import checksum
-from mergekit.kernels.statistics import statistics
+from mergekit.kernels.statistics import differences, statistics
 from mergekit.kernels.torch_blocks import add_up, on_device, store, typed
 from mergekit.kernels.torch_elementwise import ElementwiseKernels
 from mergekit.kernels.torch_sparse import SparseKernels, random_words
@@ -42,6 +42,7 @@ class TorchKernels(SparseKernels, ElementwiseKernels, VectorKernels):
     round_stochastically = staticmethod(rounding.round_stochastically)
     count_nonfinite = staticmethod(rounding.count_nonfinite)
     statistics = staticmethod(statistics)
+    differences = staticmethod(differences)
 
     def __init__(self, device: str) -> None:
         try:
