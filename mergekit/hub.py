@@ -16,7 +16,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +25,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from mergekit.downloads import Told, arriving, side_by_side
 from mergekit.errors import HubError, MergekitError, ModelNotFoundError, nearest
 from mergekit.refs import ModelPath
 
@@ -127,14 +127,14 @@ def open_repository(path: ModelPath, *, cache_dir: Path | None = None) -> Reposi
     return Repository(path.path, revision, commit, tuple(sorted(files, key=lambda file: file.name)), cache_dir)
 
 
-def fetch_small(repository: Repository, *, quiet: bool = False) -> Path:
+def fetch_small(repository: Repository, *, told: Told = lambda model, done, total: None) -> Path:
     """Download what a merge reads besides weights, and return the snapshot folder in the cache.
 
     Configs, indices, tokenizer, chat templates, card, licences, and Python files (which nobody runs here); no
-    subfolders, no file above 256 MiB. ``quiet`` switches progress bars off. ModelNotFoundError if nothing remains.
+    subfolders, no file above 256 MiB. ModelNotFoundError if nothing remains.
     """
     if names := _small(repository):
-        return _fetch(repository, names, quiet)
+        return _fetch(repository, names, told)
     raise ModelNotFoundError(f"'{repository}' holds {len(repository.files)} files, but no config and no tokenizer")
 
 
@@ -152,13 +152,13 @@ def read_range(repository: Repository, name: str, start: int, stop: int) -> byte
         return bytes(patiently(partial(_stream, repository, name, start, stop)))
 
 
-def download(path: ModelPath, *, cache_dir: Path | None = None, quiet: bool = False) -> Path:
+def download(path: ModelPath, *, cache_dir: Path | None = None, told: Told = lambda model, done, total: None) -> Path:
     """Download all that a merge reads of ``path``, and return its snapshot folder in the cache.
 
     That is the files of ``fetch_small`` and the weights: ``*.safetensors`` if there are any, else ``*.bin``; none in
     subfolders, no ``consolidated*`` (the same tensors under other names). Cached files are not transferred again. With
-    ``HF_HUB_OFFLINE=1`` the hub is not asked, and what is cached is used if its weights are whole. ``quiet`` switches
-    progress bars off. Raises as ``open_repository`` does, and ModelNotFoundError where there are no weights.
+    ``HF_HUB_OFFLINE=1`` the hub is not asked, and what is cached is used if its weights are whole. Raises as
+    ``open_repository`` does, and ModelNotFoundError where there are no weights.
     """
     with _faults(path, cache_dir):
         from huggingface_hub import constants, hf_hub_download
@@ -171,7 +171,7 @@ def download(path: ModelPath, *, cache_dir: Path | None = None, quiet: bool = Fa
     if not weights:
         held = [file.name for file in repository.files[:5]]
         raise ModelNotFoundError(f"'{path}' has no *.safetensors and no pytorch_model*.bin, but {held}")
-    folder = [_fetch(repository, names, quiet) for names in (small, weights) if names][-1]
+    folder = [_fetch(repository, names, told) for names in (small, weights) if names][-1]
     with _faults(path, cache_dir):
         # Once more by its branch or tag: the cache then notes the commit of that, and offline runs find it.
         hf_hub_download(path.path, (small or weights)[0], revision=path.revision, cache_dir=cache_dir)
@@ -200,20 +200,27 @@ def _weights(names: Iterable[str]) -> list[str]:
     return [x for x in names if _is_any(x, ("*.safetensors",))] or [x for x in names if _is_any(x, _PICKLED)]
 
 
-def _fetch(repository: Repository, names: Sequence[str], quiet: bool) -> Path:
+def _fetch(repository: Repository, names: Sequence[str], told: Told) -> Path:
     """Bring files into the cache, each whole or not at all, and return the snapshot folder."""
     with _faults(repository, repository.cache_dir), ExitStack() as stack:
         from huggingface_hub import hf_hub_download
 
         utils = import_module("huggingface_hub.utils")
-        if quiet and not utils.are_progress_bars_disabled():
+        if not utils.are_progress_bars_disabled():  # a bar for each file, with control codes even for files and pipes
             utils.disable_progress_bars()
             stack.callback(utils.enable_progress_bars)
         place: dict[str, Any] = {"revision": repository.commit, "cache_dir": repository.cache_dir}
-        with ThreadPoolExecutor(4) as pool:
-            one = partial(hf_hub_download, repository.repo_id, **place)
-            paths = [Path(path) for path in pool.map(lambda name: patiently(partial(one, name)), names)]
+        one = partial(hf_hub_download, repository.repo_id, **place)
         sizes = {file.name: file.size for file in repository.files}
+        total, here = sum(sizes[name] for name in names), 0
+        coming = arriving(repository.repo_id, repository.cache_dir)
+
+        def watch(finished: Sequence[str]) -> None:
+            nonlocal here
+            here = max(here, min(sum(sizes[name] for name in finished) + coming(), total))
+            told(str(repository), here, total)
+
+        paths = [Path(path) for path in side_by_side(lambda name: patiently(partial(one, name)), names, watch)]
         for name, path in zip(names, paths, strict=True):
             if path.stat().st_size != sizes[name]:  # of the file we name, not of the link to it, which would come back
                 raise HubError(f"'{name}' of '{repository}' is damaged: delete {path.resolve()} and run again")

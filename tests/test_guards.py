@@ -30,6 +30,7 @@ ROOMS = {
     **dict.fromkeys(["errors", "dtypes", "html", "seeds", "refs", "version"], "foundation"),
     **dict.fromkeys(["config", "merge", "options", "common", "merge_methods"], "compatibility"),
     "scripts": "cli",
+    "downloads": "hub",
     "uploads": "hub",
 }
 """Files that make up a room though they are not in one folder."""

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mergekit import hub
+from mergekit.downloads import arriving
 from mergekit.refs import ModelPath
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,6 +32,7 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from mergekit import hub
+from mergekit.downloads import arriving
 from mergekit.refs import ModelPath
 
 hub._PAUSE = 0.05
@@ -41,13 +42,15 @@ for line in sys.stdin:
     try:
         path = ModelPath.parse(call["path"])
         if call["do"] == "download":
-            value = str(hub.download(path, cache_dir=cache, quiet=call.get("quiet", False)))
+            heard = []
+            value = str(hub.download(path, cache_dir=cache, told=lambda *news: heard.append(news)))
+            value = {"heard": heard, "path": value} if call.get("listen") else value
         else:
             opened = hub.open_repository(path, cache_dir=cache)
             if call["do"] == "open":
                 value = asdict(opened)
             elif call["do"] == "small":
-                value = str(hub.fetch_small(opened, quiet=call.get("quiet", False)))
+                value = str(hub.fetch_small(opened))
             else:
                 value = hub.read_range(opened, call["name"], call["start"], call["stop"]).hex()
         answer = {"value": value}
@@ -422,14 +425,58 @@ def test_damaged_caches(server: HubServer, client: Client, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("do", ["small", "download"])
-def test_quiet_has_no_bars(server: HubServer, client: Client, tmp_path: Path, do: str) -> None:
-    said = {}
-    for quiet in (True, False):
-        before = client.errors.stat().st_size
-        client.ask(do, cache=tmp_path / f"cache-{quiet}", quiet=quiet)
-        said[quiet] = client.errors.read_bytes()[before:]
-    assert b"%|" not in said[True]
-    assert b"%|" in said[False] or version("huggingface_hub").startswith("0.26.")  # shows bars to terminals only
+def test_the_library_draws_no_bars(server: HubServer, client: Client, cache: Path, do: str) -> None:
+    before = client.errors.stat().st_size
+    client.ask(do, cache=cache)
+    assert client.errors.read_bytes()[before:] == b""
+
+
+def test_who_listens_hears_of_bytes_while_they_come(
+    server: HubServer, client: Client, cache: Path, tmp_path: Path
+) -> None:
+    weights = {f"model-{number}.safetensors": WEIGHTS for number in range(9)}
+    server.repositories["org/many"] = write_model(tmp_path / "many", SMALL, weights)
+    server.delay = 0.1  # four at a time
+    heard = client.ask("download", "org/many", cache=cache, listen=True)["heard"]
+    total = len(weights) * len(WEIGHTS)
+    assert {model for model, _, _ in heard} == {"org/many"}
+    assert {whole for _, _, whole in heard} <= {total, sum(map(len, SMALL.values()))}
+    steps = [done for _, done, whole in heard if whole == total]
+    assert steps == sorted(steps)
+    assert any(0 < done < total for done in steps)
+
+
+def test_bytes_of_files_that_are_not_whole_count(tmp_path: Path) -> None:
+    blobs = tmp_path / "models--org--model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "old.incomplete").write_bytes(bytes(1000))
+    os.utime(blobs / "old.incomplete", (0, 0))  # of a run that was killed
+    count = arriving(REPO, tmp_path)
+    assert count() == 0
+    (blobs / "new.incomplete").write_bytes(bytes(30))
+    os.utime(blobs / "new.incomplete", (2**33, 2**33))
+    (blobs / "whole").write_bytes(bytes(500))
+    assert count() == 30
+
+
+def test_an_interrupt_does_not_wait_for_what_is_on_its_way(server: HubServer, tmp_path: Path) -> None:
+    code = (
+        "import sys, signal, threading, os; sys.argv = ['mergekit', 'merge', 'r.yml', 'out']\n"
+        "from mergekit import hub\nfrom mergekit.cli.main import main\n"
+        "hub.patiently = lambda call: call() if threading.current_thread() is threading.main_thread() else (\n"
+        "    os.kill(os.getpid(), signal.SIGINT), threading.Event().wait())\nmain()"
+    )
+    (tmp_path / "r.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {REPO}}}]\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, **server.environment(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.strip() == "interrupted; the same command continues where this one stopped"
 
 
 # Refusals and breakdowns

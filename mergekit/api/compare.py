@@ -13,6 +13,7 @@ from mergekit.errors import UsageError, some_of
 from mergekit.refs import ModelReference
 
 if TYPE_CHECKING:
+    from mergekit.downloads import Told
     from mergekit.execute.compare import Sums
     from mergekit.planning.compare import Pairing
     from mergekit.planning.plan import Source
@@ -35,7 +36,9 @@ def diff(
     return compare_pairing(pair(*models, cache_dir=cache_dir), spectrum=spectrum, threads=threads)
 
 
-def pair(*models: str | Path | ModelReference, cache_dir: Path | None = None, quiet: bool = True) -> Pairing:
+def pair(
+    *models: str | Path | ModelReference, cache_dir: Path | None = None, told: Told = lambda model, done, total: None
+) -> Pairing:
     """The tensors of ``models`` that can be held against each other; the first step of ``diff``, reads headers only."""
     from mergekit.planning.compare import pair_models
     from mergekit.planning.locate import reference_of
@@ -44,7 +47,7 @@ def pair(*models: str | Path | ModelReference, cache_dir: Path | None = None, qu
     if len(models) < 2:
         raise UsageError("give two models or more; the others are held against the first")
     references = [m if isinstance(m, ModelReference) else reference_of(str(m)) for m in models]
-    return pair_models(open_models(references, cache_dir=cache_dir, quiet=quiet))
+    return pair_models(open_models(references, cache_dir=cache_dir, told=told))
 
 
 def compare_pairing(

@@ -127,14 +127,14 @@ def inspect_model(reference: str | Path, *, cache_dir: Path | None = None) -> Mo
     folder = small_folder(wanted.model, cache_dir)
     if wanted.lora is None and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return _of_adapter(wanted.short, _open_adapter(wanted, cache_dir))
-    models = open_models([wanted], cache_dir=cache_dir, quiet=True, fetch=False)
+    models = open_models([wanted], cache_dir=cache_dir, fetch=False)
     return _of_model(models)
 
 
 def _open_adapter(reference: Any, cache_dir: Path | None) -> Adapter:
     from mergekit.planning.locate import Locator
 
-    return Locator(cache_dir=cache_dir, quiet=True, fetch=False).adapter(reference.model)
+    return Locator(cache_dir=cache_dir, fetch=False).adapter(reference.model)
 
 
 def _of_model(models: Models) -> ModelSummary:

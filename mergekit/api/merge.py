@@ -14,6 +14,7 @@ from mergekit.api.run import Hooks, check_writable, run_plan
 from mergekit.errors import UsageError
 
 if TYPE_CHECKING:
+    from mergekit.downloads import Told
     from mergekit.planning import Plan, PlanOptions
     from mergekit.recipe import MergeConfiguration
 
@@ -27,16 +28,22 @@ def log_compile(forms: list[str]) -> None:
     _LOG.warning("compiling kernels for this machine (%s)", ", ".join(forms))
 
 
+def _log_download(model: str, done: int, total: int) -> None:
+    """Tell the log how far a download is."""
+    _LOG.info("downloading %s: %s of %s bytes", model, f"{done:,}", f"{total:,}")
+
+
 def plan(
     recipe: str | Path | Mapping[str, Any] | MergeConfiguration,
     options: RunOptions | None = None,
     *,
     fetch: bool = False,
+    told: Told | None = None,
 ) -> Plan:
     """What merging ``recipe`` would do, from headers and small files only; not a weight is read.
 
     ``recipe`` is a path to YAML, a mapping, or a ``MergeConfiguration``. Models on the hub are planned from their
-    headers, unless ``fetch``. Raises a MergekitError for everything that can be refused.
+    headers, unless ``fetch``; ``told`` hears of downloads. Raises a MergekitError for everything that can be refused.
     """
     from mergekit.planning import build_plan, has_remote_models
     from mergekit.recipe import load_recipe
@@ -45,8 +52,8 @@ def plan(
     load_methods(options)
     checked = load_recipe(recipe)
     if fetch and has_remote_models(checked):
-        plan(recipe, options)  # refuse what headers tell before anything large is downloaded
-    return build_plan(checked, plan_options(options, fetch))
+        plan(recipe, options, told=told)  # refuse what headers tell before anything large is downloaded
+    return build_plan(checked, plan_options(options, fetch, told))
 
 
 def load_methods(options: RunOptions) -> None:
@@ -57,8 +64,8 @@ def load_methods(options: RunOptions) -> None:
         load_method_file(path)
 
 
-def plan_options(options: RunOptions, fetch: bool) -> PlanOptions:
-    """What of a run's options changes its plan. ``fetch``: weights of hub models are downloaded."""
+def plan_options(options: RunOptions, fetch: bool, told: Told | None = None) -> PlanOptions:
+    """What of a run's options changes its plan. ``fetch``: weights of hub models are downloaded, ``told`` hears."""
     from mergekit.planning import PlanOptions
 
     return PlanOptions(
@@ -72,7 +79,7 @@ def plan_options(options: RunOptions, fetch: bool) -> PlanOptions:
         device=options.device,
         cache_dir=options.cache_dir,
         fetch=fetch,
-        quiet=options.quiet,
+        told=told or ((lambda model, done, total: None) if options.quiet else _log_download),
     )
 
 

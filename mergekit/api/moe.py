@@ -22,6 +22,7 @@ from mergekit.output.card import without_paths
 from mergekit.output.moe_card import moe_card
 
 if TYPE_CHECKING:
+    from mergekit.downloads import Told
     from mergekit.moe.build import MoePlan
     from mergekit.moe.report import RoutingReport
     from mergekit.moe.schema import MoeConfiguration
@@ -61,10 +62,12 @@ def plan_moe(
     choices: MoeOptions | None = None,
     *,
     fetch: bool = False,
+    told: Told | None = None,
 ) -> MoePlan:
     """What making the mixture ``recipe`` would do, from headers and small files only.
 
-    Models on the hub are planned from their headers, unless ``fetch``. Raises a MergekitError for what can't be done.
+    Models on the hub are planned from their headers, unless ``fetch``; ``told`` hears of downloads. Raises a
+    MergekitError for what can't be done.
     """
     from mergekit.moe.build import build_moe_plan
     from mergekit.moe.recipe import load_moe_recipe
@@ -79,8 +82,8 @@ def plan_moe(
     except UsageError as error:
         raise checked.fault(str(error), "architecture") from None
     if fetch and not all(map(is_folder, checked.references())):
-        build_moe_plan(checked, target, plan_options(options, fetch=False))
-    made = build_moe_plan(checked, target, plan_options(options, fetch))
+        build_moe_plan(checked, target, plan_options(options, False, told))
+    made = build_moe_plan(checked, target, plan_options(options, fetch, told))
     code = sorted(path.name for path in Path(made.tokenizer).glob("*.py")) if choices.trust_remote_code else []
     if not code or not made.recipe.uses_prompts:
         return made
@@ -120,7 +123,8 @@ def run_moe(
     made = plan_moe(recipe, options, choices, fetch=True)
     if on_plan:
         on_plan(made)
-    outcome = run_moe_plan(made, folder, options, choices, stage=_LOG.info, advance=advance or (lambda nbytes: None))
+    hooks = Hooks(on_compile=log_compile, advance=advance or (lambda nbytes: None), stage=_LOG.info)
+    outcome = run_moe_plan(made, folder, options, choices, hooks)
     for text in (*made.plan.warnings, *made.plan.notes, *outcome.remarks):
         _LOG.warning("%s", text)
     for line in outcome.lines:
@@ -133,16 +137,14 @@ def run_moe_plan(
     folder: Path,
     options: RunOptions | None = None,
     choices: MoeOptions | None = None,
-    *,
-    stage: Callable[[str], None] = lambda text: None,
-    advance: Callable[[int], None] = lambda nbytes: None,
-    opened: Callable[[str], None] = lambda name: None,
+    hooks: Hooks | None = None,
 ) -> Outcome:
     """Execute the plan of a mixture into ``folder``: routers, assembly, routing report, self-test.
 
-    ``stage`` is told what is being done where that takes long, ``advance`` and ``opened`` as in ``Hooks``.
+    Of ``hooks`` those that are told something are used; ``advance`` hears of ``made.nbytes`` in all.
     """
-    options, choices = options or RunOptions(), choices or MoeOptions()
+    options, choices, hooks = options or RunOptions(), choices or MoeOptions(), hooks or Hooks()
+    stage = hooks.stage
     verify = choices.verify if choices.verify is not None else made.plan.bytes_written < _VERIFY_BELOW
     lines: list[str] = []
     remarks: list[str] = []
@@ -150,7 +152,7 @@ def run_moe_plan(
     uses_prompts = made.recipe.uses_prompts
 
     def prepare(staging: Path) -> None:
-        remarks.extend(prepare_moe(made, staging, options, choices, stage))
+        remarks.extend(prepare_moe(made, staging, options, choices, hooks))
 
     def measure(staging: Path) -> list[Document]:
         if uses_prompts:
@@ -171,8 +173,7 @@ def run_moe_plan(
         routing = without_paths(reports[0].markdown(), made.plan) if reports else None
         return moe_card(made.plan, title, routing, summary)
 
-    hooks = Hooks(prepare, measure, card, log_compile, advance, opened)
-    remarks += run_plan(made.plan, folder, options, hooks)
+    remarks += run_plan(made.plan, folder, options, replace(hooks, prepare=prepare, measure=measure, card=card))
     if verify:
         from mergekit.api.self_test import check_reload
 
@@ -185,13 +186,11 @@ def run_moe_plan(
     return Outcome(remarks, lines)
 
 
-def prepare_moe(
-    made: MoePlan, staging: Path, options: RunOptions, choices: MoeOptions, stage: Callable[[str], None]
-) -> list[str]:
+def prepare_moe(made: MoePlan, staging: Path, options: RunOptions, choices: MoeOptions, hooks: Hooks) -> list[str]:
     """Make what the plan of a mixture reads besides its models, in ``staging``; returns remarks."""
     remarks: list[str] = []
-    write_merged(made, staging, options)
-    write_routers(made, staging, lambda: _calibrate(made, options, choices, stage, remarks))
+    write_merged(made, staging, options, hooks)
+    write_routers(made, staging, lambda: _calibrate(made, options, choices, hooks.stage, remarks))
     return remarks
 
 

@@ -68,7 +68,7 @@ def _dtype(model: str, cache_dir: Path | None) -> str:
     from mergekit.planning.locate import reference_of
     from mergekit.planning.models import open_models
 
-    opened = open_models([reference_of(model)], cache_dir=cache_dir, quiet=True, fetch=False)
+    opened = open_models([reference_of(model)], cache_dir=cache_dir, fetch=False)
     sizes: Counter[str] = Counter()
     for info in opened[0].tensors.values():
         if info.dtype.is_float:

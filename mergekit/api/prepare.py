@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit.api.options import RunOptions
+from mergekit.api.run import Hooks
 from mergekit.checkpoint.positional import write_at
 from mergekit.dtypes import F32
 from mergekit.planning.plan import OutputTensor
@@ -63,13 +64,15 @@ class _File:
         """Said again when the output's tensors are made of these."""
 
 
-def write_merged(made: MoePlan, staging: Path, options: RunOptions) -> None:
+def write_merged(made: MoePlan, staging: Path, options: RunOptions, hooks: Hooks) -> None:
     """Merge the matrices that the output takes apart, whole, in float32; nothing to do if that file is there."""
     from mergekit.execute import run_threads
 
     path = staging / made.merged.name
     if not made.merged.tensors or path.is_file():
+        hooks.advance(made.merged.nbytes)
         return
+    hooks.stage(f"merging {len(made.merged.tensors):,} matrices whole, before the experts take them apart")
     header, offsets = made.merged.layout()
     outputs = [
         OutputTensor(name, shape, F32, path.name, offset, made.shared[name].nbytes(F32), made.shared[name].expression)
@@ -81,6 +84,8 @@ def write_merged(made: MoePlan, staging: Path, options: RunOptions) -> None:
         stream.truncate(len(header) + made.merged.nbytes)
         stream.flush()
         plan = dataclasses.replace(made.plan, statistics=False)
-        run_threads(plan, _File(stream.fileno()), outputs=outputs, threads=options.threads)
+        sink = _File(stream.fileno())
+        told: Any = {"advance": hooks.advance, "opened": hooks.opened}
+        run_threads(plan, sink, outputs=outputs, threads=options.threads, **told)
         os.fsync(stream.fileno())
     partial.replace(path)

@@ -106,10 +106,11 @@ def _plan(
     if manifest.mixture is None:
         return plan_merge(recipe, options, fetch=True), lambda folder: None
     from mergekit.api.moe import plan_moe, prepare_moe
+    from mergekit.api.run import Hooks
 
     choices = _choices(manifest.mixture, trusted)
     made = plan_moe(recipe, options, choices, fetch=True)
-    return made.plan, lambda folder: prepare_moe(made, folder, options, choices, stage)
+    return made.plan, lambda folder: prepare_moe(made, folder, options, choices, Hooks(stage=stage))
 
 
 def _choices(family: str, trusted: bool = False) -> MoeOptions:

@@ -41,8 +41,9 @@ class Hooks:
 
     ``prepare`` gets the staging folder and makes the plan's prepared sources there. ``measure`` gets it once all
     tensors are written, and returns more documents; ``card`` makes README.md of its title and of the summary of the
-    statistics (None without). ``on_compile`` is told which kernels are about to be compiled, ``advance`` of finished
-    bytes, ``opened`` of each tensor that is begun.
+    statistics (None without). ``on_compile`` is told which kernels are about to be compiled, ``stage`` what is done
+    besides the tensors where that takes long, ``advance`` of finished bytes and ``opened`` of each tensor that is
+    begun: these two by any thread.
     """
 
     prepare: Callable[[Path], None] | None = None
@@ -51,6 +52,7 @@ class Hooks:
     on_compile: Callable[[list[str]], None] | None = None
     advance: Callable[[int], None] = lambda nbytes: None
     opened: Callable[[str], None] = lambda name: None
+    stage: Callable[[str], None] = lambda text: None
 
 
 def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks: Hooks | None = None) -> list[str]:
@@ -80,7 +82,7 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         if hooks.prepare:
             hooks.prepare(staging.folder)
         hooks.advance(sum(output.nbytes for output in plan.outputs) - sum(output.nbytes for output in remaining))
-        ready = weighted(plan.with_prepared(staging.folder), staging.folder, kernels, options)
+        ready = weighted(plan.with_prepared(staging.folder), staging.folder, kernels, options, hooks.stage)
         left = {output.name for output in remaining}
         run_threads(
             ready,
@@ -109,7 +111,13 @@ def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks:
         return [*faults, *lost_to_rounding(plan, staging.figures), *staging.notes]
 
 
-def weighted(plan: Plan, staging: Path, kernels: Any, options: RunOptions) -> Plan:
+def weighted(
+    plan: Plan,
+    staging: Path,
+    kernels: Any,
+    options: RunOptions,
+    stage: Callable[[str], None] = lambda text: None,
+) -> Plan:
     """The plan with its automatic weights; they are computed once and kept in the folder ``staging``."""
     from mergekit.execute import default_threads, is_weighted, model_factors, with_weights
 
@@ -117,6 +125,7 @@ def weighted(plan: Plan, staging: Path, kernels: Any, options: RunOptions) -> Pl
         return plan
     path = staging / "factors.json"
     if not path.is_file():
+        stage("measuring the models, for their weights")
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(model_factors(plan, kernels, options.threads or default_threads())))
         partial.replace(path)

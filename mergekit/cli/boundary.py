@@ -8,13 +8,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NoReturn
 
-from mergekit.errors import MergekitError
+from mergekit.errors import MergekitError, UsageError
 
-__all__ = ["EXIT_CODES", "as_events", "event", "plain", "program", "run", "say", "tell"]
+__all__ = ["EXIT_CODES", "as_events", "event", "plain", "program", "resumable", "run", "say", "tell"]
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -48,12 +49,15 @@ def tell(kind: str, text: str) -> None:
         say(f"{kind}: {text}")
 
 
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells count
 EXIT_CODES = {
     0: "done",
-    1: "an input, the hub or the machine is at fault, or a check found something",
-    2: "the recipe, an option or a folder can't be used as given",
-    130: "interrupted (143: asked to end); the same command continues",
+    MergekitError.exit_code: "an input, the hub or the machine is at fault, a check failed, or a pipe was closed",
+    UsageError.exit_code: "the recipe, an option or a folder can't be used as given",
+    _INTERRUPTED: "interrupted (Ctrl-C); the same command continues a merge",
+    _TERMINATED: "asked to end (SIGTERM), likewise",
 }
+"""What the program ends with."""
 
 
 def say(text: str = "") -> None:
@@ -104,10 +108,10 @@ def run(command: Callable[..., Any], name: str, **context: Any) -> None:
     except MergekitError as error:
         _fail(str(error), error.exit_code, type(error).__name__)
     except (KeyboardInterrupt, _TerminatedError) as error:
-        _interrupted(143 if isinstance(error, _TerminatedError) else 130)
+        _interrupted(_TERMINATED if isinstance(error, _TerminatedError) else _INTERRUPTED, str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(MergekitError.exit_code)
     except OSError as error:
         text = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         _fail(text, 1, type(error).__name__)
@@ -132,8 +136,18 @@ def _terminate(number: int, frame: object) -> None:
     raise _TerminatedError
 
 
-def _interrupted(code: int) -> NoReturn:
-    text = "interrupted; the same command continues where this one stopped"
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around what the same command continues after an interrupt, and says so."""
+    try:
+        yield
+    except (KeyboardInterrupt, _TerminatedError) as stop:
+        stop.args = ("the same command continues where this one stopped",)
+        raise
+
+
+def _interrupted(code: int, advice: str = "") -> NoReturn:
+    text = f"interrupted; {advice}" if advice else "interrupted"
     if as_events():
         event("error", text=text, kind="interrupted", exit_code=code)
     else:
@@ -146,10 +160,13 @@ def _other(error: Exception) -> int:
     import click
 
     if isinstance(error, click.exceptions.Abort):
-        _interrupted(130)
+        stop = error.__cause__  # click's word for an interrupt
+        _interrupted(_INTERRUPTED, str(stop) if isinstance(stop, KeyboardInterrupt) else "")
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.ClickException):
+        if as_events():
+            _fail(error.format_message(), error.exit_code, UsageError.__name__)
         error.show()
         return error.exit_code
     if os.environ.get("MERGEKIT_DEBUG"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit.cli.boundary import plain, say
-from mergekit.cli.progress import compiling, progress
+from mergekit.cli.progress import downloads, progress
 from mergekit.cli.show import size, sparkline, table
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ def diff(models: tuple[str, ...], layers: bool, tensors: bool, spectrum: bool, a
     if html is not None:
         api.check_drawable()  # before gigabytes are read
     started = time.monotonic()
-    pairing = api.pair(*models, cache_dir=cache_dir, quiet=quiet)
-    with progress(pairing.nbytes, shown=not quiet, what="reading") as advance:
+    with downloads(shown=not quiet) as told:
+        pairing = api.pair(*models, cache_dir=cache_dir, told=told)
+    with progress(pairing.nbytes, shown=not quiet, what="reading") as meter:
         comparison = api.compare_pairing(
-            pairing, spectrum=spectrum, threads=num_threads, on_compile=None if quiet else compiling, advance=advance
+            pairing, spectrum=spectrum, threads=num_threads, on_compile=meter.compiling, advance=meter
         )
     if html is not None:
         api.write_comparison(comparison, html)

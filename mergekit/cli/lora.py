@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from mergekit.cli.boundary import as_events
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.merge import merge_recipe
 from mergekit.cli.run import events_option
@@ -47,14 +46,12 @@ def bake(
     base_quantization: str,
     dtype: str | None,
     dry_run: bool,
-    events: bool,
     merge_options: Any,
 ) -> None:
     """Bake the LoRA adapter ADAPTER into the model BASE, and write the result to the folder OUT_PATH.
 
     BASE and ADAPTER are folders or hub names. The same command continues a run that was interrupted.
     """
-    as_events(events)
     reference = ModelReference(_path(base), _path(adapter))
     recipe = {
         "merge_method": "passthrough",

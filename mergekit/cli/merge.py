@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mergekit.cli.boundary import as_events, program, say, tell
+from mergekit.cli.boundary import as_events, program, resumable, say, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.plan import plan_lines, report
+from mergekit.cli.progress import downloads, progress
 from mergekit.cli.run import announce, conclude, events_option
 from mergekit.errors import UsageError
 from mergekit.options import add_merge_options
 from mergekit.version import __version__
-
-if TYPE_CHECKING:
-    from mergekit.planning import Plan
 
 
 @click.command(
@@ -29,15 +27,15 @@ if TYPE_CHECKING:
 @events_option
 @click.version_option(__version__, prog_name="mergekit")
 @add_merge_options
-def merge(config_file: str, out_path: str, dry_run: bool, events: bool, merge_options: Any) -> None:
+def merge(config_file: str, out_path: str, dry_run: bool, merge_options: Any) -> None:
     """Merge the models of the recipe CONFIG_FILE (YAML) into the folder OUT_PATH.
 
     The same command continues a run that was interrupted.
     """
-    as_events(events)
     merge_recipe(config_file, out_path, dry_run, merge_options)
 
 
+@resumable()
 def merge_recipe(recipe: str | dict[str, Any], out_path: str, dry_run: bool, merge_options: Any) -> None:
     """Plan a recipe, a path or a mapping, and run it unless ``dry_run``; say what is done."""
     from mergekit import api
@@ -47,28 +45,20 @@ def merge_recipe(recipe: str | dict[str, Any], out_path: str, dry_run: bool, mer
     if not out_path:
         raise UsageError("OUT_PATH is empty; give a folder for the output")
     api.check_writable(Path(out_path), options)
-    plan = api.plan(recipe, options, fetch=not dry_run)
     quiet = merge_options.quiet
-    announce(plan, options, dry_run=dry_run)
+    with downloads(shown=not quiet) as told:
+        plan = api.plan(recipe, options, fetch=not dry_run, told=told)
+    announce(plan, options, dry_run=dry_run, quiet=quiet)
     report(plan, notes=() if quiet else [*merge_options.given_without_effect(), *plan.notes])
     if dry_run:
         return
     if merge_options.verbosity and not quiet and not as_events():
         say("\n".join(plan_lines(plan, options)))
-    for text in execute(plan, Path(out_path), options):
+    with progress(sum(output.nbytes for output in plan.outputs), shown=not quiet) as meter:
+        remarks = api.run_plan(plan, Path(out_path), options, meter.hooks())
+    for text in remarks:
         tell("warning", text)
     conclude(plan, out_path, time.monotonic() - started, quiet=quiet)
-
-
-def execute(plan: Plan, out: Path, options: Any) -> list[str]:
-    """Run a plan with progress on the screen; returns its remarks."""
-    from mergekit import api
-    from mergekit.cli.progress import compiling, progress
-
-    total = sum(output.nbytes for output in plan.outputs)
-    with progress(total, shown=not options.quiet) as meter:
-        on_compile = None if options.quiet else compiling
-        return api.run_plan(plan, out, options, api.Hooks(on_compile=on_compile, advance=meter, opened=meter.opened))
 
 
 def main() -> None:

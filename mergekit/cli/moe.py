@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import as_events, event, program, say, tell
+from mergekit.cli.boundary import as_events, event, program, resumable, say, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.plan import plan_lines, report
-from mergekit.cli.progress import progress
+from mergekit.cli.progress import downloads, progress
 from mergekit.cli.run import announce, conclude, events_option
 from mergekit.errors import UsageError
 from mergekit.options import add_merge_options
@@ -49,6 +49,7 @@ _QUANTISED = (
 @click.version_option(__version__, prog_name="mergekit")
 @click.pass_context
 @add_merge_options
+@resumable()
 def moe(
     ctx: click.Context,
     config_path: str,
@@ -58,7 +59,6 @@ def moe(
     allow_all_same: bool,
     load_in_4bit: bool,
     load_in_8bit: bool,
-    events: bool,
     merge_options: Any,
 ) -> None:
     """Make a mixture of experts from the models of the recipe CONFIG_PATH (YAML), in the folder OUT_PATH.
@@ -67,7 +67,6 @@ def moe(
     """
     from mergekit import api
 
-    as_events(events)
     started = time.monotonic()
     options = merge_options.run_options()
     quiet = merge_options.quiet
@@ -80,15 +79,16 @@ def moe(
         trust_remote_code=merge_options.trust_remote_code,
     )
     api.check_writable(Path(out_path), options)
-    made = api.plan_moe(config_path, options, choices, fetch=not dry_run)
+    with downloads(shown=not quiet) as told:
+        made = api.plan_moe(config_path, options, choices, fetch=not dry_run, told=told)
     notes = merge_options.given_without_effect()
     bits = [bits for bits, on in ((4, load_in_4bit), (8, load_in_8bit)) if on]
     notes += [f"--load-in-{n}bit changes nothing: {_QUANTISED}" for n in bits]
-    announce(made.plan, options, dry_run=dry_run)
+    announce(made.plan, options, dry_run=dry_run, quiet=quiet)
     report(made.plan, notes=() if quiet else [*notes, *made.plan.notes])
     if dry_run:
         return
-    if merge_options.verbosity and not quiet and not events:
+    if merge_options.verbosity and not quiet and not as_events():
         say("\n".join(plan_lines(made.plan, options)))
     _execute(made, Path(out_path), options, choices, quiet)
     conclude(made.plan, out_path, time.monotonic() - started, quiet=quiet)
@@ -98,10 +98,8 @@ def _execute(made: MoePlan, out: Path, options: Any, choices: Any, quiet: bool) 
     """Run the plan with progress on the screen; the routing report goes to stdout, remarks to stderr."""
     from mergekit import api
 
-    stage = (lambda text: None) if quiet else say
-    total = sum(output.nbytes for output in made.plan.outputs)
-    with progress(total, shown=not quiet) as meter:
-        outcome = api.run_moe_plan(made, out, options, choices, stage=stage, advance=meter, opened=meter.opened)
+    with progress(made.nbytes, shown=not quiet) as meter:
+        outcome = api.run_moe_plan(made, out, options, choices, meter.hooks())
     for text in outcome.remarks:
         tell("warning", text)
     if as_events():

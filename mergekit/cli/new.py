@@ -85,11 +85,12 @@ def _ask_model(question: str, cache_dir: Path | None) -> str | None:
 def _look(models: Sequence[str], cache_dir: Path | None) -> Comparison:
     """How the models differ from the first of them, with progress on the screen."""
     from mergekit import api
-    from mergekit.cli.progress import progress
+    from mergekit.cli.progress import downloads, progress
 
-    pairing = api.pair(*models, cache_dir=cache_dir)
-    with progress(pairing.nbytes, shown=True, what="reading") as advance:
-        return api.compare_pairing(pairing, advance=advance)
+    with downloads(shown=True) as told:
+        pairing = api.pair(*models, cache_dir=cache_dir, told=told)
+    with progress(pairing.nbytes, shown=True, what="reading") as meter:
+        return api.compare_pairing(pairing, on_compile=meter.compiling, advance=meter)
 
 
 def _show(made: Draft, comparison: Comparison | None) -> None:

@@ -7,17 +7,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from mergekit.cli.boundary import as_events, event, say
+from mergekit.cli.boundary import as_events, event, plain, say
 from mergekit.cli.show import duration, size
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from mergekit.api import Hooks
 
-__all__ = ["Meter", "compiling", "progress"]
+__all__ = ["Meter", "downloads", "is_terminal", "progress"]
 
 _WINDOW = 10.0
 """Speed is that of so many last seconds."""
@@ -27,17 +27,12 @@ _EVENTS = 0.25
 """Seconds between two events of progress."""
 
 
-def compiling(forms: list[str]) -> None:
-    """Say that kernels are about to be compiled."""
-    say(f"compiling kernels for this machine ({', '.join(forms)}); this happens once")
-
-
 class Meter:
     """Counts bytes and shows nothing. Called with each number of bytes that is done, by any thread."""
 
     def __init__(self, total: int, what: str) -> None:
         self.total, self.what = total, what
-        self.done, self.tensor = 0, ""
+        self.done, self.at_hand = 0, ""
         self.started = 0.0
         self._lock = threading.Lock()
         self._samples: deque[tuple[float, int]] = deque(maxlen=4096)
@@ -52,10 +47,34 @@ class Meter:
 
     def opened(self, tensor: str) -> None:
         """``tensor`` is begun."""
-        self.tensor = tensor
+        self.at_hand = tensor
+
+    def stage(self, text: str) -> None:
+        """Something is done besides the tensors, which takes long."""
+        with self._lock:
+            self._samples.clear()  # nor does this count
+            self.tell(text)
+
+    def compiling(self, forms: list[str]) -> None:
+        """Kernels are about to be compiled."""
+        self.stage(self.about_kernels(forms))
+
+    @staticmethod
+    def about_kernels(forms: list[str]) -> str:
+        """What there is to say of compiling."""
+        return f"compiling kernels for this machine ({', '.join(forms)}); this happens once"
+
+    def hooks(self) -> Hooks:
+        """What tells this meter of a run."""
+        from mergekit.api import Hooks
+
+        return Hooks(on_compile=self.compiling, advance=self, opened=self.opened, stage=self.stage)
 
     def show(self) -> None:
         """Bring the count before somebody's eyes, if it is time for that."""
+
+    def tell(self, text: str) -> None:
+        """Bring a stage before somebody's eyes."""
 
     @property
     def share(self) -> float:
@@ -91,6 +110,9 @@ class _Lines(Meter):
             self._last, self._share = now, self.share
             say(f"{self.what}: {self.share:.0%}, {self.figures()}")
 
+    def tell(self, text: str) -> None:
+        say(text)
+
 
 class _Events(Meter):
     """An event now and then."""
@@ -101,25 +123,10 @@ class _Events(Meter):
         now = time.monotonic()
         if now - self._last >= _EVENTS or self.done >= self.total:
             self._last = now
-            event("progress", bytes=self.done, total=self.total, tensor=self.tensor)
+            event("progress", bytes=self.done, total=self.total, tensor=self.at_hand)
 
-
-class _View(Meter):
-    """Three lines: a bar, the figures, the tensor at hand. Lines that are too long for the terminal are cut."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        bar = Table.grid(padding=(0, 1), expand=True)
-        bar.add_column()
-        bar.add_column(ratio=1)
-        bar.add_column(justify="right")
-        bar.add_row(self.what, ProgressBar(total=max(self.total, 1), completed=self.done), f"{self.share:4.0%}")
-        yield bar
-        for text in (self.figures(), self.tensor):
-            yield Text(f"  {text}", no_wrap=True, overflow="ellipsis", style="dim" if text == self.tensor else "")
+    def tell(self, text: str) -> None:
+        event("message", text=plain(text))
 
 
 @contextmanager
@@ -129,17 +136,36 @@ def progress(total: int, *, shown: bool, what: str = "merging") -> Iterator[Mete
         yield _Events(total, what)
     elif not shown or sys.stderr is None:
         yield Meter(total, what)
-    elif not _is_terminal():
+    elif not is_terminal():
         yield _Lines(total, what)
     else:
-        from rich.console import Console
-        from rich.live import Live
+        from mergekit.cli.view import View
 
-        view = _View(total, what)
-        # What is printed meanwhile appears above; the view goes when the run ends, however it ends.
-        with Live(view, console=Console(stderr=True), refresh_per_second=8, transient=True, redirect_stdout=False):
+        view = View(total, what)
+        with view.shown():
             yield view
 
 
-def _is_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+@contextmanager
+def downloads(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows what is downloaded, one model after another: call it with model, bytes that are here, bytes in all."""
+    with ExitStack() as screen:
+        meter: Meter | None = None
+
+        def told(model: str, done: int, total: int) -> None:
+            nonlocal meter
+            if as_events():
+                event("download", model=plain(model), bytes=done, total=total)
+                return
+            if meter is None or (meter.at_hand, meter.total) != (model, total):
+                screen.close()
+                meter = screen.enter_context(progress(total, shown=shown, what="downloading"))
+                meter.opened(model)
+            meter(done - meter.done)
+
+        yield told
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal that can move its cursor."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")

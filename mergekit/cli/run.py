@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ import click
 
 from mergekit.cli.boundary import as_events, event, say
 from mergekit.cli.plan import plan_lines
+from mergekit.cli.progress import is_terminal
 from mergekit.cli.show import size
+from mergekit.errors import some_of
 
 if TYPE_CHECKING:
     from mergekit.planning import Plan
@@ -18,19 +21,29 @@ if TYPE_CHECKING:
 __all__ = ["announce", "conclude", "events_option"]
 
 events_option = click.option(
-    "--json", "events", is_flag=True, help="Tell programs what happens: a JSON object a line on stdout."
+    "--json",
+    is_flag=True,
+    is_eager=True,  # so that faults of other options are events, too
+    expose_value=False,
+    callback=lambda context, option, on: as_events(on),
+    help="Tell programs what happens: a JSON object a line on stdout.",
 )
 
 
-def announce(plan: Plan, options: Any, *, dry_run: bool) -> None:
-    """Tell what is about to be done: to programs; to people, who see the plan of a dry run only."""
+_LARGE = 1_000_000_000
+"""Bytes to read and write from which a run takes long enough for a line at its start, where no view shows it."""
+
+
+def announce(plan: Plan, options: Any, *, dry_run: bool, quiet: bool) -> None:
+    """Tell what is about to be done: to programs; to people, who see the plan of a dry run and what takes long."""
     from mergekit import api
 
+    models = [source.reference for source in plan.sources if not source.prepared]
     if as_events():
         event(
             "plan",
             method=plan.method,
-            models=[source.reference for source in plan.sources if not source.prepared],
+            models=models,
             parameters=plan.parameters,
             bytes_read=plan.bytes_read,
             bytes_written=plan.bytes_written,
@@ -38,6 +51,11 @@ def announce(plan: Plan, options: Any, *, dry_run: bool) -> None:
         )
     elif dry_run:
         click.echo("\n".join(plan_lines(plan, options)))
+    elif plan.bytes_read + plan.bytes_written >= _LARGE and not quiet and not is_terminal():
+        say(
+            f"merging {some_of(models)} by {plan.method}: "
+            f"reads {size(plan.bytes_read)}, writes {size(plan.bytes_written)}"
+        )
 
 
 def conclude(plan: Plan, out: str, seconds: float, *, quiet: bool) -> None:
@@ -47,7 +65,7 @@ def conclude(plan: Plan, out: str, seconds: float, *, quiet: bool) -> None:
     elif not quiet:
         say(f"wrote {out}: {plan.parameters:,} parameters, {size(plan.bytes_written)}, in {seconds:.1f} s")
         if plan.config:
-            say(f"load it: {loading(json.loads(plan.config), out)}   check it: mergekit verify {out}")
+            say(f"load it: {loading(json.loads(plan.config), out)}   check it: mergekit verify {shlex.quote(out)}")
 
 
 def loading(config: Mapping[str, Any], out: str) -> str:
@@ -55,4 +73,4 @@ def loading(config: Mapping[str, Any], out: str) -> str:
     from mergekit.families.config import auto_class
 
     code = ", trust_remote_code=True" if "auto_map" in config else ""
-    return f'{auto_class(config)}.from_pretrained("{out}"{code})'
+    return f"{auto_class(config)}.from_pretrained({json.dumps(out, ensure_ascii=False)}{code})"

@@ -66,6 +66,11 @@ class MoePlan:
     experts: tuple[Mapping[str, Made], ...]
 
     @property
+    def nbytes(self) -> int:
+        """What a run computes, in bytes: the output's tensors, and the matrices that are merged first."""
+        return sum(output.nbytes for output in self.plan.outputs) + self.merged.nbytes
+
+    @property
     def router_shape(self) -> tuple[int, int, int]:
         """Layers, experts, hidden size."""
         return (self.dense.layers, len(self.experts), self.dense.hidden)
@@ -80,7 +85,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         place=lambda reference: recipe.text.place(recipe.path_of(reference)),
         base_quantization=config.base_quantization,
         cache_dir=options.cache_dir,
-        quiet=options.quiet,
+        told=options.told,
         fetch=options.fetch,
     )
     dense = read_dense(models[0], target.accepts, target.title)

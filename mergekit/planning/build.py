@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit.dtypes import recipe_dtype
 from mergekit.errors import IncompatibleError, some_of
@@ -23,12 +24,15 @@ from mergekit.planning.vocabulary import align_vocabularies, other_meanings
 from mergekit.recipe import Recipe
 from mergekit.version import __version__
 
+if TYPE_CHECKING:
+    from mergekit.downloads import Told
+
 __all__ = ["PlanOptions", "build_plan", "sources_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a run may change about a plan. ``shard_size`` is in bytes (0: a single file)."""
+    """What a run may change about a plan. ``shard_size`` is in bytes (0: one file); ``told`` hears of downloads."""
 
     shard_size: int = 5_000_000_000
     allow_crimes: bool = False
@@ -40,7 +44,7 @@ class PlanOptions:
     device: str = "cpu"
     cache_dir: Path | None = None
     fetch: bool = True
-    quiet: bool = False
+    told: Told = lambda model, done, total: None
 
 
 def build_plan(recipe: Recipe, options: PlanOptions, listener: Listener | None = None) -> Plan:
@@ -48,7 +52,7 @@ def build_plan(recipe: Recipe, options: PlanOptions, listener: Listener | None =
 
     ``listener`` hears where the values of parameters come from.
     """
-    models = open_recipe(recipe, cache_dir=options.cache_dir, quiet=options.quiet, fetch=options.fetch)
+    models = open_recipe(recipe, cache_dir=options.cache_dir, told=options.told, fetch=options.fetch)
     warnings = [*recipe.warnings, *models.warnings]
     warnings += check_architectures(models, allow_crimes=options.allow_crimes)
     slots = find_slots(recipe, models)

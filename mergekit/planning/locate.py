@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit.adapters import Adapter, open_adapter
 from mergekit.adapters.adapter import WEIGHTS
 from mergekit.checkpoint import Checkpoint, open_checkpoint
 from mergekit.errors import HubError, ModelNotFoundError
 from mergekit.refs import ModelPath, ModelReference
+
+if TYPE_CHECKING:
+    from mergekit.downloads import Told
 
 __all__ = ["Locator", "is_folder", "reference_of", "small_folder"]
 
@@ -33,8 +37,8 @@ def _is_folder(path: ModelPath) -> bool:
 class Locator:
     """Opens each path once. Without ``fetch``, weights on the hub are known by their headers."""
 
-    def __init__(self, *, cache_dir: Path | None, quiet: bool, fetch: bool) -> None:
-        self._cache_dir, self._quiet, self._fetch = cache_dir, quiet, fetch
+    def __init__(self, *, cache_dir: Path | None, fetch: bool, told: Told = lambda model, done, total: None) -> None:
+        self._cache_dir, self._fetch, self._told = cache_dir, fetch, told
         self._checkpoints: dict[ModelPath, Checkpoint] = {}
         self._adapters: dict[ModelPath, Adapter] = {}
 
@@ -66,11 +70,14 @@ class Locator:
         repository = None if self._fetch or hub.is_offline() else hub.open_repository(path, cache_dir=self._cache_dir)
         sizes = {f.name: f.size for f in repository.files} if repository else {}
         if repository is None or not any(name.endswith(".safetensors") for name in sizes):
-            return open_checkpoint(hub.download(path, cache_dir=self._cache_dir, quiet=self._quiet))
+            return open_checkpoint(hub.download(path, cache_dir=self._cache_dir, told=self._told))
         from mergekit.checkpoint.remote import open_remote_headers
 
         return open_remote_headers(
-            str(path), hub.fetch_small(repository), sizes, lambda *place: hub.read_range(repository, *place)
+            str(path),
+            hub.fetch_small(repository, told=self._told),
+            sizes,
+            lambda *place: hub.read_range(repository, *place),
         )
 
     def _open_adapter(self, path: ModelPath) -> Adapter:
@@ -81,13 +88,13 @@ class Locator:
         repository = None if self._fetch or hub.is_offline() else hub.open_repository(path, cache_dir=self._cache_dir)
         sizes = {f.name: f.size for f in repository.files} if repository else {}
         if repository is None or WEIGHTS[0] not in sizes:
-            return open_adapter(hub.download(path, cache_dir=self._cache_dir, quiet=self._quiet))
+            return open_adapter(hub.download(path, cache_dir=self._cache_dir, told=self._told))
         from mergekit.checkpoint.remote import remote_header
 
         header = remote_header(
             str(path), WEIGHTS[0], sizes[WEIGHTS[0]], lambda *place: hub.read_range(repository, *place)
         )
-        return open_adapter(hub.fetch_small(repository), header)
+        return open_adapter(hub.fetch_small(repository, told=self._told), header)
 
 
 def small_folder(path: ModelPath, cache_dir: Path | None) -> Path:

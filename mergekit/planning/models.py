@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit.adapters import Adapter
 from mergekit.checkpoint import Checkpoint, TensorInfo
@@ -19,6 +19,9 @@ from mergekit.planning.adapted import Change, FourBit, adapt
 from mergekit.planning.locate import Locator, is_folder
 from mergekit.recipe import Recipe
 from mergekit.refs import ModelPath, ModelReference
+
+if TYPE_CHECKING:
+    from mergekit.downloads import Told
 
 __all__ = ["Model", "Models", "open_models", "open_recipe"]
 
@@ -105,15 +108,16 @@ def open_models(
     place: Callable[[ModelReference], str | None] = lambda reference: None,
     base_quantization: str = "none",
     cache_dir: Path | None = None,
-    quiet: bool = False,
+    told: Told = lambda model, done, total: None,
     fetch: bool = True,
 ) -> Models:
     """Open ``references`` in this order, adapters included.
 
     ``place`` says where a recipe names a model; faults point there. ``base_quantization``: to what 4-bit numbers the
     models below adapters are quantised first. With ``fetch=False`` hub weights are planned from their headers.
+    ``told`` hears of downloads.
     """
-    locator = Locator(cache_dir=cache_dir, quiet=quiet, fetch=fetch)
+    locator = Locator(cache_dir=cache_dir, told=told, fetch=fetch)
     models: list[Model] = []
     folders: dict[Path, ModelReference] = {}
     warnings: list[str] = []
@@ -158,7 +162,13 @@ def open_models(
     )
 
 
-def open_recipe(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = False, fetch: bool = True) -> Models:
+def open_recipe(
+    recipe: Recipe,
+    *,
+    cache_dir: Path | None = None,
+    told: Told = lambda model, done, total: None,
+    fetch: bool = True,
+) -> Models:
     """Open every model that ``recipe`` mentions."""
     return open_models(
         recipe.config.referenced_models(),
@@ -166,7 +176,7 @@ def open_recipe(recipe: Recipe, *, cache_dir: Path | None = None, quiet: bool = 
         place=lambda reference: recipe.text.place(_path_of(recipe, reference)),
         base_quantization=recipe.config.base_quantization,
         cache_dir=cache_dir,
-        quiet=quiet,
+        told=told,
         fetch=fetch,
     )
 
