@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from mergekit.errors import RecipeError
 
-__all__ = ["ModelPath", "ModelReference"]
+__all__ = ["ModelPath", "ModelReference", "but_folder"]
+
+
+def but_folder(path: str) -> str:
+    """Words about the folder whose name is most like ``path``, which is not there: ``" (but 'a/b')"``, or none."""
+    place, name = os.path.split(os.path.expanduser(path))
+    found: list[str] = []
+    with suppress(OSError, ValueError):
+        found = sorted(entry.name for entry in os.scandir(place or ".") if entry.is_dir())
+    like = get_close_matches(name, found, n=1)
+    return f" (but '{os.path.join(place, like[0])}')" if like else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,15 @@ READING = [
         title="There is no such recipe",
         build=_nothing,
         command="mergekit plan nowhere.yml",
-        message="nowhere.yml: cannot read the recipe: No such file or directory",
+        message=(
+            "nowhere.yml: cannot read the recipe: No such file or directory; `mergekit new` writes one to start from"
+        ),
         meaning="Check the path; it is relative to the folder that the command runs in.",
     ),
     Case(
         title="The recipe is empty",
         build=recipe("# nothing yet\n"),
-        message="recipe.yml: the recipe is empty",
+        message="recipe.yml: the recipe is empty; `mergekit new` writes one to start from",
         meaning="Write a recipe; [recipe.md](recipe.md) shows how they look.",
     ),
     Case(

@@ -356,10 +356,10 @@ def test_shards_hold_no_more_than_asked_for():
 
 
 USAGE: list[tuple[list[str], str]] = [
-    ([], "Missing argument 'CONFIG_FILE'"),
-    (["r.yml"], "Missing argument 'OUT_PATH'"),
+    ([], "missing argument 'CONFIG_FILE'"),
+    (["r.yml"], "missing argument 'OUT_PATH'"),
     (["r.yml", "out", "more"], "unexpected extra argument"),
-    (["r.yml", "out", "--nope"], "No such option"),
+    (["r.yml", "out", "--nope"], "no such option"),
     (["r.yml", "out", "-j", "x"], "'x' is not a valid integer"),
     (["r.yml", "out", "--out-shard-size"], "requires an argument"),
 ]
@@ -411,7 +411,7 @@ def test_a_method_that_is_none(args):
 def test_a_command_that_is_none():
     result = mergekit("frobnicate")
     assert result.code == 2
-    assert "No such command 'frobnicate'" in result.err
+    assert "no such command 'frobnicate'" in result.err
 
 
 def test_no_command_shows_help():

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit.checkpoint.json_text import parse_json
 from mergekit.errors import CheckpointError, ModelNotFoundError
+from mergekit.refs import but_folder
 
 __all__ = ["WEIGHT_SUFFIXES", "find_weights", "is_weight_file", "read_config", "read_json", "read_weight_map"]
 
@@ -55,7 +56,9 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     folder without either but with exactly one safetensors file is taken to hold its weights there.
     """
     if not folder.is_dir():
-        raise ModelNotFoundError(f"no folder '{folder}'; give the path of a model folder, or a hub name like org/model")
+        but = but_folder(str(folder))
+        advice = "give the path of a model folder, or a hub name like org/model"
+        raise ModelNotFoundError(f"no folder '{folder}'{but}; {advice}")
     for name in _CANDIDATES:
         index = folder / f"{name}.index.json"
         if index.is_file():

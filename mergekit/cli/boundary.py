@@ -11,9 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mergekit.errors import MergekitError, UsageError
+
+if TYPE_CHECKING:
+    import click
 
 __all__ = ["EXIT_CODES", "as_events", "event", "plain", "program", "resumable", "run", "say", "tell"]
 
@@ -155,6 +158,19 @@ def _interrupted(code: int, advice: str = "") -> NoReturn:
     sys.exit(code)
 
 
+def _misused(error: click.ClickException) -> NoReturn:
+    """End the program with what click found wrong about its arguments, said like our own faults."""
+    text = " ".join(error.format_message().split()).removesuffix(".")
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # of new releases of click only
+        error.show()
+        sys.exit(error.exit_code)
+    if context is not None and not as_events():
+        usage = context.get_usage().replace("Usage", "usage", 1)
+        text = f"{text[:1].lower()}{text[1:]}\n{usage}\n`{context.command_path} --help` says more"
+    _fail(text, error.exit_code, UsageError.__name__)
+
+
 def _other(error: Exception) -> int:
     """Messages for click's own faults, and for ours that we did not foresee."""
     import click
@@ -165,10 +181,7 @@ def _other(error: Exception) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.ClickException):
-        if as_events():
-            _fail(error.format_message(), error.exit_code, UsageError.__name__)
-        error.show()
-        return error.exit_code
+        _misused(error)
     if os.environ.get("MERGEKIT_DEBUG"):
         raise error
     _fail(

@@ -7,6 +7,7 @@ from importlib import import_module
 import click
 
 from mergekit.cli.boundary import EXIT_CODES, program
+from mergekit.errors import nearest
 from mergekit.version import __version__
 
 _COMMANDS = {
@@ -45,6 +46,14 @@ class _Verbs(click.Group):
             return None
         command: click.Command = getattr(import_module(f"mergekit.cli.{_HOMES.get(cmd_name, cmd_name)}"), cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb that the arguments begin with; a misspelt one is answered with the nearest."""
+        if not ctx.resilient_parsing and args[0] not in _COMMANDS:
+            ctx.fail(f"No such command '{args[0]}'. {nearest(args[0], _COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs, without importing any of them."""

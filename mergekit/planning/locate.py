@@ -10,7 +10,7 @@ from mergekit.adapters import Adapter, open_adapter
 from mergekit.adapters.adapter import WEIGHTS
 from mergekit.checkpoint import Checkpoint, open_checkpoint
 from mergekit.errors import HubError, ModelNotFoundError
-from mergekit.refs import ModelPath, ModelReference
+from mergekit.refs import ModelPath, ModelReference, but_folder
 
 if TYPE_CHECKING:
     from mergekit.downloads import Told
@@ -60,7 +60,7 @@ class Locator:
 
     def explain(self, path: ModelPath) -> str:
         """What to say before a fault of the hub, for a path that might have been meant as a folder."""
-        return "" if _is_folder(path) else f"there is no folder '{path.path}' here, and "
+        return "" if _is_folder(path) else f"there is no folder '{path.path}' here{but_folder(path.path)}, and "
 
     def _open_checkpoint(self, path: ModelPath) -> Checkpoint:
         from mergekit import hub
@@ -104,9 +104,10 @@ def small_folder(path: ModelPath, cache_dir: Path | None) -> Path:
     if _is_folder(path):
         folder = Path(os.path.expanduser(path.path))
         if not folder.is_dir():
-            raise ModelNotFoundError(f"no folder '{path.path}' here")
+            raise ModelNotFoundError(f"no folder '{path.path}' here{but_folder(path.path)}")
         return folder
     try:
         return hub.fetch_small(hub.open_repository(path, cache_dir=cache_dir))
     except (ModelNotFoundError, HubError) as error:
-        raise type(error)(f"there is no folder '{path.path}' here, and {error}") from None
+        but = but_folder(path.path)
+        raise type(error)(f"there is no folder '{path.path}' here{but}, and {error}") from None

@@ -81,6 +81,9 @@ def text_of(source: str | Path | Mapping[str, Any]) -> RecipeText:
     return read_recipe_text(twin if not path.exists() and twin.is_file() else path)
 
 
+_NEW = "; `mergekit new` writes one to start from"
+
+
 def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
     """Parse the YAML file ``source`` (a Path) or YAML text (a str); RecipeError points at what is wrong."""
     if isinstance(source, Path):
@@ -89,7 +92,8 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
             with source.open("rb") as stream:
                 raw = stream.read(_MAX_BYTES + 1)
         except OSError as error:
-            raise RecipeError(f"cannot read the recipe: {error.strerror or error}", place=name) from None
+            advice = _NEW if isinstance(error, FileNotFoundError | IsADirectoryError) else ""
+            raise RecipeError(f"cannot read the recipe: {error.strerror or error}{advice}", place=name) from None
         if len(raw) > _MAX_BYTES:
             raise RecipeError(f"more than {_MAX_BYTES >> 20} MiB are too much for a recipe", place=name)
         try:
@@ -115,7 +119,7 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", place=name) from None
     if value is None:
-        raise RecipeError("the recipe is empty", place=name)
+        raise RecipeError(f"the recipe is empty{_NEW}", place=name)
     if not isinstance(value, dict):
         raise RecipeError("a recipe is a mapping such as 'merge_method: linear'", place=f"{name}:1:1")
     return RecipeText(name, text, value, node, check.duplicates())
