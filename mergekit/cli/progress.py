@@ -106,7 +106,8 @@ class _Lines(Meter):
     def show(self) -> None:
         now = time.monotonic()
         waited = now - (self._last or self.started)
-        if waited > _FIRST_LINE and (waited > _SLOW_LINE or self.share >= self._share + 0.1):
+        is_time = waited > _FIRST_LINE and (waited > _SLOW_LINE or self.share >= self._share + 0.1)
+        if is_time and self.share < 1:
             self._last, self._share = now, self.share
             say(f"{self.what}: {self.share:.0%}, {self.figures()}")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("push", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("folder")
+@click.argument("folder", type=click.Path())
 @click.argument("repository")
 @click.option("--private", is_flag=True, help="Make the repository private; an existing public one is refused.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to; it is made if it is not there.")

@@ -10,7 +10,7 @@ from mergekit.cli.boundary import plain
 
 
 @click.command("report", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("folder")
+@click.argument("folder", type=click.Path())
 @click.option("-o", "--out", type=Path, metavar="FILE", help="Where to write (default: FOLDER/merge_report.html).")
 @click.option("--transformers-cache", type=Path, metavar="PATH", help="Cache folder for hub downloads.")
 @click.option("--method-file", type=Path, multiple=True, help="Python file that defines merge methods; it is run.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from mergekit.cli.boundary import plain, say
 from mergekit.cli.progress import Meter
+from mergekit.cli.show import duration
 
 __all__ = ["View"]
 
@@ -29,6 +31,7 @@ class View(Meter, RenderHook):
         super().__init__(total, what)
         self._console = Console(stderr=True)
         self._widths: tuple[int, ...] = ()
+        self._since = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -41,12 +44,22 @@ class View(Meter, RenderHook):
                 self._console.pop_render_hook()
 
     def tell(self, text: str) -> None:
-        """A stage stands where tensors do."""
-        self.at_hand = text
+        """A stage stands where tensors do, and its seconds where the speed does."""
+        self.at_hand, self._since = text, time.monotonic()
+
+    def opened(self, tensor: str) -> None:
+        """The stages are over, for now."""
+        self.at_hand, self._since = tensor, 0.0
+
+    def figures(self) -> str:
+        """Those of the bytes, and how long a stage has taken yet."""
+        waited = f", waiting {duration(time.monotonic() - self._since)}" if self._since else ""
+        return f"{super().figures()}{waited}"
 
     def compiling(self, forms: list[str]) -> None:
         """Stays above, because it says why the first run is slow."""
         say(self.about_kernels(forms))
+        self.stage("compiling kernels")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The three lines."""
