@@ -94,7 +94,7 @@ def test_a_pushed_model_is_the_model(server: HubServer, merged: Path) -> None:
     assert set(kinds.values()) == {"file"}
     total = sum(path.stat().st_size for path in merged.iterdir())
     assert f"{len(there) + 1} files, {total / 1000:.3g} kB, to org/merged" in result.err
-    folder = hub.download(ModelPath(REPO), quiet=True)
+    folder = hub.download(ModelPath(REPO))
     assert (folder / "model.safetensors").read_bytes() == here["model.safetensors"]
 
 
