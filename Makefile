@@ -27,7 +27,7 @@ test: $(READY) lint types ## lint, types and all tests
 smoke: $(READY) ## one tiny merge end to end, in seconds
 	$(BIN)/python -m pytest tests/test_smoke.py
 
-hostile: $(READY) ## every file of the hostile corpus; `make test` takes a third
+hostile: $(READY) ## every file of the hostile corpus; `make test` takes a sixth
 	MERGEKIT_WHOLE_CORPUS=1 $(BIN)/python -m pytest tests/test_hostile_corpus.py
 
 lint: $(READY) ## style and format
