@@ -91,7 +91,7 @@ def _is_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except (UnicodeDecodeError, NotImplementedError, OverflowError):
+    except (UnicodeDecodeError, NotImplementedError, OverflowError, MemoryError):  # the last of sizes that it claims
         raise CheckpointError(f"{path}: a damaged or hostile archive; download it again") from None
     except zipfile.BadZipFile:
         if tarfile.is_tarfile(path):  # before 2.6, torch's safe reader could be made to run code by these
