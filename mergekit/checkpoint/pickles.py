@@ -91,16 +91,27 @@ def _is_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except (UnicodeDecodeError, NotImplementedError, OverflowError, MemoryError):  # the last of sizes that it claims
+    except (UnicodeDecodeError, NotImplementedError, OverflowError, MemoryError):  # the last for sizes that it claims
         raise CheckpointError(f"{path}: a damaged or hostile archive; download it again") from None
     except zipfile.BadZipFile:
-        if tarfile.is_tarfile(path):  # before 2.6, torch's safe reader could be made to run code by these
+        if _is_tar(path):  # before 2.6, torch's safe reader could be made to run code by these
             raise CheckpointError(f"{path}: a tar archive of 2017 or earlier; use the safetensors version") from None
         return False
     if packed:
         raise CheckpointError(
             f"{path}: a compressed archive, which torch never writes; unpack it, or download it again"
         )
+    return True
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether torch would take a file for a tar archive. (``tarfile.is_tarfile`` unpacks, with the memory it is told.)"""
+    try:
+        tarfile.open(path, "r:").close()
+    except tarfile.TarError:
+        return False
+    except (ValueError, OverflowError, MemoryError):  # a header that claims nonsense: a tar all the same
+        return True
     return True
 
 
