@@ -105,7 +105,7 @@ def _is_archive(path: Path) -> bool:
 
 
 def _is_tar(path: Path) -> bool:
-    """Whether torch would take a file for a tar archive. (``tarfile.is_tarfile`` unpacks, with the memory it is told.)"""
+    """Whether torch would take a file for a tar archive. (``tarfile.is_tarfile`` unpacks others, in any memory.)"""
     try:
         tarfile.open(path, "r:").close()
     except tarfile.TarError:
