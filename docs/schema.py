@@ -196,24 +196,29 @@ def reference_page(head: str) -> str:
                 parts += [f"\n### {_PLACES[name]}\n", *_keys(part)]
         parts.append("")
     parts += ["## Parameters\n", "A scalar, a gradient, or conditions; see [recipe.md](recipe.md#parameters).\n"]
-    parts += ["| parameter | values | for | default | meaning | methods |", "|---|---|---|---|---|---|"]
-    for (name, *cells), methods in sorted(_uses().items(), key=lambda use: use[0][0]):
-        parts.append(f"| {' | '.join((f'`{name}`', *cells, methods))} |")
+    parts += ["| parameter | values | default | meaning |", "|---|---|---|---|"]
+    parts += [
+        f"| {name} | {values} | {given} | {text} ({methods}) |" for (name, values, given, text), methods in _uses()
+    ]
     return "\n".join(parts) + "\n"
 
 
-def _uses() -> dict[tuple[str, str, str, str, str], str]:
-    """Every parameter in each of its meanings, with the methods that mean it so."""
-    found: dict[tuple[str, str, str, str, str], list[str]] = {}
+Cells = tuple[str, str, str, str]
+
+
+def _uses() -> list[tuple[Cells, str]]:
+    """Every parameter in each of its meanings, by name, with the methods that mean it so."""
+    found: dict[Cells, list[str]] = {}
     for method in _METHODS:
         for p in (*method.params, *method.options):
-            found.setdefault(_cells(p), []).append(f"[`{method.name}`](methods/{method.name}.md)")
-    told = {cells: ", ".join(methods) for cells, methods in found.items()}
-    return {**{_cells(p): "all, where there is a tokenizer setting" for p in EMBEDDING_OPTIONS}, **told}
+            found.setdefault(_cells(p), []).append(f"[{method.name}](methods/{method.name}.md)")
+    for p in EMBEDDING_OPTIONS:
+        found.setdefault(_cells(p), []).append("any method, with a tokenizer setting")
+    return sorted(((cells, ", ".join(methods)) for cells, methods in found.items()), key=lambda use: use[0][0])
 
 
-def _cells(p: Parameter) -> tuple[str, str, str, str, str]:
-    return p.name, str(p.kind), owners(p), default(p) if p.used else "no effect", _help(p)
+def _cells(p: Parameter) -> Cells:
+    return f"`{p.name}`", f"{p.kind}; {owners(p)}", default(p) if p.used else "no effect", _help(p)
 
 
 _PLACES = {
