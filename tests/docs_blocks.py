@@ -27,6 +27,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from mergekit.cli import boundary
+from mergekit.methods import registry
 
 __all__ = ["Block", "blocks", "indented_commands", "run_command", "run_page", "same"]
 
@@ -141,9 +142,14 @@ def run_command(line: str, folder: Path) -> tuple[int, str]:
 def _run_here(function: Callable[[], object], words: list[str]) -> tuple[int, str]:
     told, code = io.StringIO(), 0
     quick = patch.object(os, "fsync", lambda descriptor: None)
-    with patch.object(sys, "argv", words), quick, redirect_stdout(told), redirect_stderr(told):
+    own_methods = (
+        patch.dict(registry.REGISTRY),
+        patch.dict(registry._FILES),
+    )  # --method-file ends with it
+    with own_methods[0], own_methods[1], quick, patch.object(sys, "argv", words):
         try:
-            function()
+            with redirect_stdout(told), redirect_stderr(told):
+                function()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return code, _MEANWHILE.sub("", told.getvalue())
