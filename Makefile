@@ -54,4 +54,4 @@ docs: $(READY) ## write the generated parts of the documentation
 	$(BIN)/python docs/generate.py
 
 clean: ## remove what the recipes made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out docs/_build build *.egg-info

@@ -36,3 +36,15 @@ def browser() -> Iterator[Any]:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which blocks of the documentation were not run, and why."""
+    done = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "when")]
+    reasons = [
+        text for report in done if report.when == "call" for key, text in report.user_properties if key == "not run"
+    ]
+    if reasons:
+        terminalreporter.line(f"{len(reasons)} blocks of the documentation were not run:")
+    for text in reasons:
+        terminalreporter.line(f"  {text}")

@@ -3,9 +3,10 @@
     <!-- file: recipe.yml -->      the block below is written to that file first
     <!-- not run: reason -->       the block below can't be run here
 
-What a ```console block shows must be what its commands print. Figures may differ by a twentieth (processors round
-differently), times by anything, and so may lines in quotes, which a model wrote; runs of spaces count as one; a line of
-``...`` stands for any lines.
+What a ```console block shows must be what its commands print, and they must succeed; a block that shows no output only
+says that they do. Figures may differ by a twentieth (processors round differently), times by anything, and so may lines
+in quotes, which a model wrote; runs of spaces count as one; a line of ``...`` stands for any lines; how far a slow
+machine is in between is left out.
 ``MERGEKIT_UPDATE_DOCS=1`` writes what was printed into the page instead.
 """
 
@@ -15,23 +16,28 @@ import io
 import math
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 from mergekit.cli import boundary
+from mergekit.methods import registry
 
-__all__ = ["Block", "blocks", "run_page", "same"]
+__all__ = ["Block", "blocks", "indented_commands", "run_command", "run_page", "same"]
 
 _FENCE = re.compile(
     r"(?:^<!-- (?P<word>file|not run): (?P<rest>[^\n]*?) -->\n+)?^```(?P<kind>\w+)[^\n]*\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
+_INDENTED = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n)+")
+_PROGRAMS = (".venv/bin/mergekit", "mergekit", "python", "make", "git", "pip", "eval")
+_MEANWHILE = re.compile(r"^merging: .* left\n", re.M)
 _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 _TIME = re.compile(r"\b\d[\d.]* (s|min|h|seconds|minutes|hours)\b|\b[\d.]+ [kMG]?B/s")
 _DIGEST = re.compile(r"\b[0-9a-f]{12,64}\b")
@@ -48,6 +54,11 @@ class Block:
     file: str | None
     not_run: str | None
 
+    @property
+    def shows_output(self) -> bool:
+        """Whether anything stands below its commands."""
+        return any(shown.strip() for _, shown in self.commands())
+
     def commands(self) -> Iterator[tuple[str, str]]:
         """Each command of a console block, with what is shown below it."""
         parts = re.split(r"^\$ ", self.text, flags=re.M)
@@ -56,7 +67,7 @@ class Block:
             while line.endswith("\\"):
                 more, _, shown = shown.partition("\n")
                 line = line[:-1] + more.strip()
-            yield line, shown
+            yield line.partition("  #")[0].rstrip(), shown
 
 
 def blocks(page: str) -> list[Block]:
@@ -67,6 +78,13 @@ def blocks(page: str) -> list[Block]:
         reason = match["rest"] if match["word"] == "not run" else None
         found.append(Block(match["kind"], match["text"], match.start("text"), match.end("text"), file, reason))
     return found
+
+
+def indented_commands(page: str) -> list[str]:
+    """The commands of a page that stand in indented blocks, without their comments."""
+    lines = [line for block in _INDENTED.findall(_FENCE.sub("", page)) for line in block.splitlines()]
+    commands = [line.partition("  #")[0].strip() for line in lines]
+    return [command for command in commands if command.partition(" ")[0] in _PROGRAMS]
 
 
 def run_page(path: Path, folder: Path) -> tuple[list[str], list[str]]:
@@ -81,11 +99,14 @@ def run_page(path: Path, folder: Path) -> tuple[list[str], list[str]]:
         elif block.kind == "console":
             told = []
             for line, shown in block.commands():
-                printed = run_command(line, folder)
+                code, printed = run_command(line, folder)
                 told.append(f"$ {line}\n{printed}")
-                if not same(shown, printed):
+                if code:
+                    faults.append(f"{path.name}: $ {line}\nends with {code}\n{printed}")
+                elif block.shows_output and not same(shown, printed):
                     faults.append(f"{path.name}: $ {line}\n--- shown\n{shown}--- printed\n{printed}")
-            edits.append((block, "".join(told)))
+            if block.shows_output:
+                edits.append((block, "".join(told)))
     if faults and os.environ.get("MERGEKIT_UPDATE_DOCS"):
         for block, text in reversed(edits):
             page = page[: block.start] + text + page[block.end :]
@@ -93,27 +114,45 @@ def run_page(path: Path, folder: Path) -> tuple[list[str], list[str]]:
     return faults, reasons
 
 
-def run_command(line: str, folder: Path) -> str:
-    """What a command prints, stdout and stderr as a terminal mixes them; ``mergekit`` runs in this process."""
-    words = shlex.split(line, comments=True)
-    if words[0] != "mergekit" or any(mark in words for mark in ("|", ">", "&&", ";")):
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run(
-            ["bash", "-c", line],
-            cwd=folder,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        return done.stdout
-    from mergekit.cli.main import mergekit
+def run_command(line: str, folder: Path) -> tuple[int, str]:
+    """A command's exit code and what it prints, stdout and stderr as a terminal mixes them.
 
-    told = io.StringIO()
+    ``mergekit`` and Python files run in this process, which has imported what takes long, unless they limit its memory.
+    """
+    words = shlex.split(line.removeprefix(".venv/bin/"), comments=True)
+    is_plain = not any(mark in words for mark in ("|", ">", "&&", ";", "--max-memory"))
+    if is_plain and words[0] == "mergekit":
+        from mergekit.cli.main import mergekit
+
+        return _run_here(lambda: boundary.run(mergekit, "mergekit"), words)
+    if is_plain and words[0] == "python" and words[1].endswith(".py"):
+        return _run_here(lambda: runpy.run_path(str(folder / words[1]), run_name="__main__"), words[1:])
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return done.returncode, done.stdout
+
+
+def _run_here(function: Callable[[], object], words: list[str]) -> tuple[int, str]:
+    told, code = io.StringIO(), 0
     quick = patch.object(os, "fsync", lambda descriptor: None)
-    with patch.object(sys, "argv", words), quick, redirect_stdout(told), redirect_stderr(told), suppress(SystemExit):
-        boundary.run(mergekit, "mergekit")
-    return told.getvalue()
+    own_methods = (
+        patch.dict(registry.REGISTRY),
+        patch.dict(registry._FILES),
+    )  # --method-file ends with it
+    with own_methods[0], own_methods[1], quick, patch.object(sys, "argv", words):
+        try:
+            with redirect_stdout(told), redirect_stderr(told):
+                function()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return code, _MEANWHILE.sub("", told.getvalue())
 
 
 def same(shown: str, printed: str) -> bool:

@@ -21,7 +21,7 @@ from mergekit.planning.leaf import cast, leaf_of
 from mergekit.planning.models import Models
 from mergekit.planning.slots import Contribution, Slot
 from mergekit.planning.vocabulary import Alignment
-from mergekit.recipe import EMBED_SLERP, Recipe
+from mergekit.recipe import EMBED_SLERP, EMBEDDING_OPTIONS, Recipe
 from mergekit.recipe.resolve import InputScope, MissingParameterError, resolve_parameters
 from mergekit.recipe.settings import evaluate_setting
 from mergekit.refs import ModelReference
@@ -30,8 +30,7 @@ __all__ = ["Expresser", "Listener", "Made", "cast"]
 
 Listener = Callable[[Slot, Parameter, int | None, Any, Mapping[str, Any] | None, tuple[str | int, ...]], None]
 """Hears of each value that is resolved: as ``recipe.resolve.Told``, with the slot first and models by position."""
-_HALFWAY = 0.5
-"""The t of ``embed_slerp`` where a recipe gives none."""
+_OF_EMBEDDINGS = {option.name: option.default for option in EMBEDDING_OPTIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +241,7 @@ class Expresser:
                 self.listener(slot, parameter, model, value, scope, path)
 
         try:
-            outer = slot.outer if method is self.recipe.method else (*slot.outer, {"t": _HALFWAY})
+            outer = slot.outer if method is self.recipe.method else (*slot.outer, {"t": _OF_EMBEDDINGS["t"]})
             return resolve_parameters(method, slot.name, slot.t, scopes, slot.scope, outer, told)
         except MissingParameterError as error:
             whose = "" if error.index is None else f" for {self.models[present[order[error.index]].model].reference}"

@@ -3,7 +3,7 @@
 Here: words of the YAML language. Not here: files of models, tensors. To add a word, declare it in ``schema``.
 """
 
-from mergekit.recipe.recipe import EMBED_SLERP, Recipe, load_recipe
+from mergekit.recipe.recipe import EMBED_SLERP, EMBEDDING_OPTIONS, Recipe, load_recipe
 from mergekit.recipe.schema import MergeConfiguration
 
-__all__ = ["EMBED_SLERP", "MergeConfiguration", "Recipe", "load_recipe"]
+__all__ = ["EMBEDDING_OPTIONS", "EMBED_SLERP", "MergeConfiguration", "Recipe", "load_recipe"]

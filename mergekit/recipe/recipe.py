@@ -15,10 +15,15 @@ from mergekit.recipe.text import RecipeText, text_of
 from mergekit.recipe.validate import validate
 from mergekit.refs import ModelReference
 
-__all__ = ["EMBED_SLERP", "ParameterScope", "Recipe", "load_recipe"]
+__all__ = ["EMBEDDING_OPTIONS", "EMBED_SLERP", "ParameterScope", "Recipe", "load_recipe"]
 
 EMBED_SLERP = "embed_slerp"
 """The parameter of no method that has embeddings of another vocabulary merged by SLERP, with its ``t``."""
+EMBEDDING_OPTIONS = (
+    once(EMBED_SLERP, Flag(), False, help="merge embeddings and heads of two models by SLERP"),
+    once("t", Real(), 0.5, help="the t of embed_slerp"),
+)
+"""What recipes with a tokenizer setting may say whatever their method is."""
 _OLD_WORDS = frozenset({"int8_mask", EMBED_SLERP})
 """Parameter words that belong to no method but that recipes for arcee mergekit may carry anywhere."""
 
@@ -161,10 +166,8 @@ def _of_embeddings(config: MergeConfiguration, name: str) -> Parameter | None:
     """``embed_slerp``, where embeddings are aligned, and its ``t`` if it is used."""
     if config.tokenizer is None and config.tokenizer_source is None:
         return None
-    if name == EMBED_SLERP:
-        return once(name, Flag(), False, help="merge embeddings and heads of two models by SLERP")
     is_used = any(EMBED_SLERP in scope.values for scope in parameter_scopes(config))
-    return once(name, Real(), help="the t of embed_slerp") if name == "t" and is_used else None
+    return next((p for p in EMBEDDING_OPTIONS if p.name == name and (name == EMBED_SLERP or is_used)), None)
 
 
 def _scalars(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:

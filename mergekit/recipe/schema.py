@@ -5,6 +5,7 @@ The classes carry the names that notebooks import from ``mergekit.config``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -34,6 +35,7 @@ __all__ = [
     "ParameterSetting",
     "ScalarOrGradient",
     "TokenizerConfig",
+    "setting_schema",
 ]
 
 
@@ -91,7 +93,7 @@ def _rounding(value: object) -> object:
     return value
 
 
-_PATH = {
+_PATH: dict[str, Any] = {
     "anyOf": [
         {"type": "string"},
         {
@@ -108,22 +110,30 @@ _REFERENCE = {
         {"type": "string", "minLength": 1},
         {
             "type": "object",
-            "properties": {"model": _PATH, "lora": _PATH, "override_architecture": {"type": "string"}},
+            "properties": {
+                "model": _PATH,
+                "lora": {"anyOf": [*_PATH["anyOf"], {"type": "null"}]},
+                "override_architecture": {"type": ["string", "null"]},
+            },
             "required": ["model"],
             "additionalProperties": False,
         },
     ],
 }
 _SCALAR = {"type": ["number", "boolean", "string"]}
-_VALUE = {"anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]}
-_CONDITION = {
-    "type": "object",
-    "properties": {"value": _VALUE, "filter": {"type": ["string", "null"]}},
-    "required": ["value"],
-    "additionalProperties": False,
-}
-_SETTING = {"anyOf": [*_VALUE["anyOf"], _CONDITION, {"type": "array", "items": _CONDITION}]}
-"""What editors are told of types that only validators know."""
+
+
+def setting_schema(scalar: Mapping[str, Any] = _SCALAR) -> dict[str, Any]:
+    """What editors are told of a parameter's setting, whose values are described by ``scalar``."""
+    value = {"anyOf": [scalar, {"type": "array", "items": scalar}]}
+    condition = {
+        "type": "object",
+        "properties": {"value": value, "filter": {"type": ["string", "null"]}},
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    return {"anyOf": [*value["anyOf"], condition, {"type": "array", "items": condition}]}
+
 
 ScalarOrGradient = float | int | bool | str | list[float | int | bool | str]
 Reference = Annotated[
@@ -132,7 +142,7 @@ Reference = Annotated[
     PlainSerializer(lambda r: r.dump(), return_type=Any),
     WithJsonSchema(_REFERENCE),
 ]
-ParameterSetting = Annotated[Any, BeforeValidator(_setting), WithJsonSchema(_SETTING)]
+ParameterSetting = Annotated[Any, BeforeValidator(_setting), WithJsonSchema(setting_schema())]
 Parameters = dict[str, ParameterSetting]
 Dtype = Annotated[
     str | None,
