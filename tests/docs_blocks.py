@@ -3,8 +3,8 @@
     <!-- file: recipe.yml -->      the block below is written to that file first
     <!-- not run: reason -->       the block below can't be run here
 
-What a ```console block shows must be what its commands print, and they must succeed; a block that shows no output only
-says that they do. Figures may differ by a twentieth (processors round differently), times by anything, and so may lines
+What a ```console block shows must be what its commands print, and they must succeed, but for those that show an
+error; a block that shows no output only says that they do. Figures may differ by a twentieth (processors round differently), times by anything, and so may lines
 in quotes, which a model wrote; runs of spaces count as one; a line of ``...`` stands for any lines; how far a slow
 machine is in between is left out.
 ``MERGEKIT_UPDATE_DOCS=1`` writes what was printed into the page instead.
@@ -101,7 +101,8 @@ def run_page(path: Path, folder: Path) -> tuple[list[str], list[str]]:
             for line, shown in block.commands():
                 code, printed = run_command(line, folder)
                 told.append(f"$ {line}\n{printed}")
-                if code:
+                fails = any(line.startswith(("error: ", '{"event": "error"')) for line in shown.splitlines())
+                if bool(code) != fails:
                     faults.append(f"{path.name}: $ {line}\nends with {code}\n{printed}")
                 elif block.shows_output and not same(shown, printed):
                     faults.append(f"{path.name}: $ {line}\n--- shown\n{shown}--- printed\n{printed}")
