@@ -5,8 +5,8 @@
 
 What a ```console block shows must be what its commands print, and they must succeed, but for those that show an error;
 a block that shows no output only says that they do. Figures may differ by a twentieth (processors round differently),
-times by anything, and so may lines in quotes, which a model wrote; runs of spaces count as one; a line of ``...`` stands
-for any lines; how far a slow machine is in between is left out.
+times by anything, and so may lines in quotes, which a model wrote; runs of spaces count as one; a line of ``...`` is
+any lines; how far a slow machine is in between is left out.
 ``MERGEKIT_UPDATE_DOCS=1`` writes what was printed into the page instead.
 """
 
