@@ -41,7 +41,7 @@ def main(recipes: list[str]) -> None:
         scores = evaluate(folder, quick=True)
         cells = "".join(f"{s.perplexity:>10.2f} {s.exact_answers:>5.0f} %" for s in (scores[d] for d in DOMAINS))
         print(f"{name:16}{cells}", flush=True)
-    print(f"\nThe merged models are in {OUT.relative_to(ROOT)}/; next: .venv/bin/mergekit plan examples/ties.yml, or .venv/bin/mergekit new.")
+    print(f"\nThe merged models are in {OUT.relative_to(ROOT)}/; next: .venv/bin/mergekit new")
 
 
 if __name__ == "__main__":
