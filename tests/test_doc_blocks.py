@@ -106,11 +106,14 @@ def test_models_that_do_not_exist_are_no_excuse():
         mergekit.plan({"merge_method": "passthrough", "models": [{"model": "./none"}]})
 
 
-def test_a_command_that_fails_is_a_fault_whatever_is_shown(tmp_path):
+def test_a_command_fails_where_an_error_is_shown_and_nowhere_else(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("```console\n$ mergekit plan none.yml\n...\n$ echo a  # of two\na\n$ exit 3\n```\n")
+    commands = ("mergekit plan none.yml\n...", "echo a  # of two\na", "exit 3", "echo error: b\nerror: b")
+    page.write_text("```console\n" + "".join(f"$ {command}\n" for command in commands) + "```\n")
     faults, _ = run_page(page, tmp_path)
-    assert [fault.split("\n")[1] for fault in faults] == ["ends with 2", "ends with 3"]
+    assert [fault.split("\n")[1] for fault in faults] == ["ends with 2", "ends with 3", "ends with 0"]
+    page.write_text("```console\n$ echo error: b; exit 2\nerror: b\n```\n")
+    assert run_page(page, tmp_path) == ([], [])
 
 
 def test_indented_commands_are_found():

@@ -47,6 +47,18 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.fixture
+def one_thread():
+    """Torch on one thread: two of them wait for each other by spinning where the processors are busy (18 s, or 52)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_demo_runs(capfd, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo.py", "examples/linear.yml"])
     monkeypatch.syspath_prepend(str(ROOT / "models"))
