@@ -17,7 +17,7 @@ import mergekit.cli.merge
 import mergekit.execute
 import mergekit.kernels.cpu
 import mergekit.output
-import mergekit.planning  # noqa: F401  (imported because a merge imports it)
+import mergekit.planning.build  # noqa: F401  (imported because a merge imports it)
 
 CHUNK = 1 << 19
 

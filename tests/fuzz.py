@@ -54,8 +54,10 @@ def _plan() -> None:
 
 
 def _tokenizer() -> None:
-    from mergekit.vocab import as_text, read_vocabulary, token_map, unite
+    from mergekit.vocab.maps import token_map
     from mergekit.vocab.templates import chat_template, syntax_fault
+    from mergekit.vocab.union import as_text, unite
+    from mergekit.vocab.vocabulary import read_vocabulary
 
     x, b = (read_vocabulary(Path(name), name) for name in "xb")
     template = chat_template(Path("x"))

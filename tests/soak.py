@@ -43,7 +43,8 @@ from mergekit.api.verify import verify_model
 from mergekit.errors import MergekitError
 from mergekit.execute import work
 from mergekit.families.config import layer_count
-from mergekit.output import STAGING, staging
+from mergekit.output import staging
+from mergekit.output.staging import STAGING
 from soak_cases import FAULTS, Case, Pool, broken, digest, equal_case, make_case, mutate
 from tiny import load_checked, outputs_of, tensors_of, unaccounted
 

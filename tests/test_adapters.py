@@ -30,7 +30,7 @@ from files import (
 )  # fmt: skip
 from lora_files import MODULES, PREFIX, dora, expected, lora, low_rank, write_adapter
 from mergekit.execute import run_threads, work
-from mergekit.output import STAGING
+from mergekit.output.staging import STAGING
 from test_cli import FLAGS, flags, same_as_snapshot
 from test_same_bytes import Collect, interrupt_after
 from tiny import unaccounted

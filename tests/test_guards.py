@@ -94,10 +94,22 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stderr.split())
 
 
+HEAVY = {"torch", "transformers", "numba", "numpy", "pydantic", "yaml", "huggingface_hub"}
+
+
 def test_help_imports_nothing_heavy():
     modules = loaded_by("sys.argv = ['mergekit-yaml', '--help']; from mergekit.cli.merge import main; main()")
     assert "click" in modules
-    assert not modules & {"torch", "transformers", "numba", "numpy", "pydantic", "yaml", "huggingface_hub"}
+    assert not modules & HEAVY
+
+
+def test_inspecting_a_folder_imports_nothing_heavy(tmp_path):
+    from models import family
+
+    folder = str(next(iter(family(tmp_path, 1))))
+    modules = loaded_by(f"sys.argv = ['mergekit', 'inspect', {folder!r}]; from mergekit.cli.main import main; main()")
+    assert "mergekit.planning.models" in modules
+    assert not modules & HEAVY
 
 
 def test_a_plain_merge_imports_neither_torch_nor_transformers(tmp_path):

@@ -128,7 +128,7 @@ def test_an_interrupted_run_continues_without_calibrating_again(prompts, tmp_pat
         if len(finished) == 20:
             raise RunError("the machine died")
 
-    from mergekit.output import Staging
+    from mergekit.output.staging import Staging
 
     original = Staging.finish
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ import yaml
 import mergekit
 from mergekit.dtypes import BF16
 from mergekit.errors import InputChangedError, RunError, UsageError
-from mergekit.output import STAGING
+from mergekit.output.staging import STAGING
 from models import family, read_model, write_model
 
 SHAPES = {"embed.weight": (61, 7), **{f"layers.{i}.w": (31, 11) for i in range(3)}, "norm": (17,)}

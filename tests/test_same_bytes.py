@@ -19,7 +19,7 @@ from mergekit.dtypes import BF16
 from mergekit.errors import ResumeError, UsageError
 from mergekit.execute import run_threads, work
 from mergekit.methods import get_method, method_names
-from mergekit.output import STAGING
+from mergekit.output.staging import STAGING
 from models import family, write_model
 
 METHODS = method_names()
@@ -165,7 +165,7 @@ def test_partial_work_of_another_recipe_is_refused(tmp_path, monkeypatch):
 
 def test_two_merges_into_one_folder_are_refused(tmp_path):
     plan = mergekit.plan(recipe_for("linear", family(tmp_path, 3, BF16, SHAPES)))
-    from mergekit.output import Staging
+    from mergekit.output.staging import Staging
 
     with (
         Staging(tmp_path / "out", plan),

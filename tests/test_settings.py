@@ -15,8 +15,8 @@ import mergekit
 from files import LAYERS, write_model
 from mergekit.config import evaluate_setting
 from mergekit.methods.spec import Flag, ParameterError, Real
-from mergekit.planning import Plan
 from mergekit.planning.expression import Apply
+from mergekit.planning.plan import Plan
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 NORM = "model.layers.{}.input_layernorm.weight"

@@ -12,8 +12,8 @@ import torch
 import mergekit
 from mergekit.errors import IncompatibleError, RecipeError
 from mergekit.families.stacking import stack_layers
-from mergekit.planning import Plan
 from mergekit.planning.expression import Apply
+from mergekit.planning.plan import Plan
 from tiny import FAMILIES, config_of, edited, load_checked, merge, outputs_of, tensors_of, unaccounted
 
 Tiny = Callable[..., Path]

@@ -18,7 +18,8 @@ from mergekit.api.reproduce import reproduce_model
 from mergekit.api.verify import verify_model
 from mergekit.dtypes import BF16, F32, DType
 from mergekit.errors import CheckpointError, MergekitError
-from mergekit.output import MANIFEST, STAGING, read_manifest
+from mergekit.output.manifest import MANIFEST, read_manifest
+from mergekit.output.staging import STAGING
 from models import family
 
 SHAPES = {

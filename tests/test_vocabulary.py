@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from command import refusal
-from mergekit.vocab import Vocabulary, as_text, read_vocabulary, token_map, unite, vocabulary_of, with_tokens
 from mergekit.vocab.alphabet import as_bytes
+from mergekit.vocab.maps import token_map
+from mergekit.vocab.union import as_text, unite, with_tokens
+from mergekit.vocab.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 from tokenizer_files import KINDS, TEXTS, train, write_tokenizer
 
 

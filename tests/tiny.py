@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 import mergekit
 from mergekit.methods import get_method
 from mergekit.methods.spec import REQUIRED
-from mergekit.planning import Plan
 from mergekit.planning.expression import leaves
+from mergekit.planning.plan import Plan
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

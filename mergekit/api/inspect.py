@@ -233,8 +233,8 @@ def _quantization(model: Model) -> str:
 def _vocabulary(folder: Path, name: str) -> tuple[str, Mapping[str, str], list[str]]:
     """The vocabulary in words, its special tokens, and what is wrong with it."""
     from mergekit.checkpoint import read_json
-    from mergekit.vocab import read_vocabulary
     from mergekit.vocab.templates import special_strings
+    from mergekit.vocab.vocabulary import read_vocabulary
 
     try:
         special = {}
@@ -275,7 +275,7 @@ def _adapter_text(adapter: Adapter) -> str:
 
 def _merge(folder: Path) -> str:
     """The merge that made the model, as its manifest tells."""
-    from mergekit.output import read_manifest
+    from mergekit.output.manifest import read_manifest
 
     try:
         manifest = read_manifest(folder)

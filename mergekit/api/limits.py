@@ -11,7 +11,7 @@ from mergekit.api.options import RunOptions
 from mergekit.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergekit.planning import Plan
+    from mergekit.planning.plan import Plan
 
 __all__ = ["admit", "machine_memory", "memory"]
 

@@ -15,7 +15,8 @@ from mergekit.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit.downloads import Told
-    from mergekit.planning import Plan, PlanOptions
+    from mergekit.planning.build import PlanOptions
+    from mergekit.planning.plan import Plan
     from mergekit.recipe import MergeConfiguration
 
 __all__ = ["load_methods", "log_compile", "plan", "plan_options", "run_merge"]
@@ -45,7 +46,8 @@ def plan(
     ``recipe`` is a path to YAML, a mapping, or a ``MergeConfiguration``. Models on the hub are planned from their
     headers, unless ``fetch``; ``told`` hears of downloads. Raises a MergekitError for everything that can be refused.
     """
-    from mergekit.planning import build_plan, has_remote_models
+    from mergekit.planning.build import build_plan
+    from mergekit.planning.models import has_remote_models
     from mergekit.recipe import load_recipe
 
     options = options or RunOptions()
@@ -66,7 +68,7 @@ def load_methods(options: RunOptions) -> None:
 
 def plan_options(options: RunOptions, fetch: bool, told: Told | None = None) -> PlanOptions:
     """What of a run's options changes its plan. ``fetch``: weights of hub models are downloaded, ``told`` hears."""
-    from mergekit.planning import PlanOptions
+    from mergekit.planning.build import PlanOptions
 
     return PlanOptions(
         shard_size=options.shard_size,

@@ -24,7 +24,8 @@ class MergedModel(type(Path())):  # type: ignore[misc]  # Path itself can't be s
 
     def _repr_html_(self) -> str:
         """A table of the inputs and the files, and what the statistics say of the change."""
-        from mergekit.output import read_manifest, read_summary
+        from mergekit.output.manifest import read_manifest
+        from mergekit.output.stats import read_summary
 
         try:
             manifest = read_manifest(self)

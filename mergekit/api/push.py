@@ -37,8 +37,9 @@ def find_upload(folder: Path, repo_id: str) -> Upload:
     Of a model that mergekit wrote, those are the files of its manifest; of others, what a merge would take over.
     """
     from mergekit.checkpoint import open_checkpoint
-    from mergekit.output import STAGING, read_manifest
     from mergekit.output.card import local_paths
+    from mergekit.output.manifest import read_manifest
+    from mergekit.output.staging import STAGING
 
     checkpoint = open_checkpoint(folder)
     if (folder / STAGING).exists():
@@ -59,7 +60,8 @@ def find_upload(folder: Path, repo_id: str) -> Upload:
 
 def _small_files(folder: Path, weights: list[str]) -> list[str]:
     """The names of the files beside the weights that make up a model, in order."""
-    from mergekit.output import MANIFEST, holds_weights, read_manifest
+    from mergekit.output.manifest import MANIFEST, read_manifest
+    from mergekit.output.staging import holds_weights
     from mergekit.planning.document import files_to_copy
 
     manifest = read_manifest(folder)
@@ -95,7 +97,7 @@ def push_model(
     the code that loads the model names it as the hub does. Raises CheckpointError for a model that is not sound,
     UsageError for one that is not complete, HubError where the hub can't be used.
     """
-    from mergekit.output import is_model_file
+    from mergekit.output.staging import is_model_file
     from mergekit.uploads import check_push, push
 
     folder = Path(folder)

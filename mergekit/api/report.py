@@ -12,8 +12,8 @@ from mergekit.api.run import title_of
 from mergekit.errors import MergekitError, ModelNotFoundError, RunError, UsageError
 
 if TYPE_CHECKING:
-    from mergekit.output import Manifest
-    from mergekit.planning import Plan
+    from mergekit.output.manifest import Manifest
+    from mergekit.planning.plan import Plan
 
 __all__ = ["report_model", "report_plan", "write_page"]
 
@@ -25,8 +25,9 @@ def report_model(folder: Path, options: RunOptions | None = None, out: Path | No
     the headers of the models; where they are gone or changed, the report says so and goes without. Of ``options`` those
     that don't change a result are used. UsageError if nothing there tells of a merge, CheckpointError for damage.
     """
-    from mergekit.output import MANIFEST, STATS, read_manifest
+    from mergekit.output.manifest import MANIFEST, read_manifest
     from mergekit.output.report import REPORT, ROUTING, check_drawable, page, report_data
+    from mergekit.output.stats import STATS
 
     check_drawable()
     if not folder.is_dir():

@@ -18,8 +18,8 @@ from mergekit.version import __version__
 
 if TYPE_CHECKING:
     from mergekit.api.moe import MoeOptions
-    from mergekit.output import Manifest
-    from mergekit.planning import Plan
+    from mergekit.output.manifest import Manifest
+    from mergekit.planning.plan import Plan
 
 __all__ = ["plan_of_folder", "reproduce_model"]
 
@@ -39,7 +39,7 @@ def reproduce_model(
     result are used (threads, cache_dir, method_files). ``faults`` is empty if every tensor and every small file comes
     out the same. UsageError if the folder does not hold what is needed.
     """
-    from mergekit.output import read_manifest
+    from mergekit.output.manifest import read_manifest
 
     if not folder.is_dir():
         raise ModelNotFoundError(f"no folder '{folder}'; give the folder of a merged model")
@@ -80,7 +80,7 @@ def plan_of_folder(folder: Path, manifest: Manifest, options: RunOptions) -> tup
 
 
 def _recipe(folder: Path, manifest: Manifest) -> Path:
-    from mergekit.output import sha256
+    from mergekit.output.manifest import sha256
 
     path = folder / manifest.recipe_name
     if not path.is_file():
@@ -121,8 +121,7 @@ def _choices(family: str, trusted: bool = False) -> MoeOptions:
 
 def _differences(plan: Plan, manifest: Manifest) -> list[str]:
     """Why the result can't be the same, told before anything is computed."""
-    from mergekit.output import inputs_of_plan
-    from mergekit.output.manifest import TensorRecord
+    from mergekit.output.manifest import TensorRecord, inputs_of_plan
 
     mine, theirs = inputs_of_plan(plan), list(manifest.inputs)
     if len(mine) != len(theirs):
@@ -167,7 +166,7 @@ def _compare(
 
 def _documents(plan: Plan) -> Mapping[str, str]:
     """The SHA-256 of the small files that the plan alone decides."""
-    from mergekit.output import sha256
+    from mergekit.output.manifest import sha256
 
     texts = {"config.json": plan.config, "model.safetensors.index.json": plan.index, **dict(plan.texts)}
     copies = {name: Path(plan.sources[source].folder) / name for source, name in plan.files}

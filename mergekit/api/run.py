@@ -16,7 +16,7 @@ from mergekit.api.options import RunOptions
 from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
 
 if TYPE_CHECKING:
-    from mergekit.planning import Plan
+    from mergekit.planning.plan import Plan
 
 __all__ = [
     "Document",
@@ -58,16 +58,11 @@ class Hooks:
 def run_plan(plan: Plan, folder: Path, options: RunOptions | None = None, hooks: Hooks | None = None) -> list[str]:
     """Execute ``plan`` into ``folder``; returns remarks made on the way."""
     from mergekit.execute import run_threads
-    from mergekit.output import (
-        MANIFEST,
-        STATS,
-        Staging,
-        lost_to_rounding,
-        manifest_text,
-        stats_text,
-        vocabulary_faults,
-    )
+    from mergekit.output.check import vocabulary_faults
+    from mergekit.output.manifest import MANIFEST, manifest_text
     from mergekit.output.report import REPORT, page, report_data
+    from mergekit.output.staging import Staging
+    from mergekit.output.stats import STATS, lost_to_rounding, stats_text
 
     options, hooks = admit(plan, options or RunOptions()), hooks or Hooks()
     _check_places(plan, folder)
@@ -172,7 +167,8 @@ def _documents(
     plan: Plan, folder: Path, options: RunOptions, hooks: Hooks, statistics: str | Path | None
 ) -> list[Document]:
     """The small files in the order of publishing: the index first, config.json last."""
-    from mergekit.output import model_card, recipe_text
+    from mergekit.output.card import model_card
+    from mergekit.output.manifest import recipe_text
 
     title = title_of(folder)
     contents: dict[str, str | Path] = {
@@ -208,7 +204,8 @@ def check_writable(folder: Path, options: RunOptions) -> None:
 
     And a report where its charts can't be drawn.
     """
-    from mergekit.output import STAGING, publishing, refuse_replacing
+    from mergekit.output.journal import publishing
+    from mergekit.output.staging import STAGING, refuse_replacing
 
     if options.report:
         from mergekit.output.report import check_drawable
@@ -247,7 +244,7 @@ def _check_inputs(plan: Plan) -> None:
 
 def _check_space(plan: Plan, folder: Path) -> None:
     """Refuse an output that would not fit, before starting. What a resumed run has reserved already counts as free."""
-    from mergekit.output import STAGING
+    from mergekit.output.staging import STAGING
 
     place = folder
     while not place.exists():

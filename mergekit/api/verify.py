@@ -15,7 +15,7 @@ from mergekit.errors import RunError, some_of
 
 if TYPE_CHECKING:
     from mergekit.checkpoint import Checkpoint
-    from mergekit.output import Manifest
+    from mergekit.output.manifest import Manifest
     from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["Checksums", "Verification", "verify_model"]
@@ -68,7 +68,8 @@ def verify_model(
     is no model, CheckpointError if one can't be read at all.
     """
     from mergekit.checkpoint import open_checkpoint
-    from mergekit.output import STAGING, holds_weights, read_manifest
+    from mergekit.output.manifest import read_manifest
+    from mergekit.output.staging import STAGING, holds_weights
 
     result = Verification()
     checkpoint = open_checkpoint(folder)
@@ -98,8 +99,7 @@ def _check_tensors(
     advance: Callable[[int], None],
 ) -> None:
     from mergekit.execute import run_threads
-    from mergekit.output import MANIFEST
-    from mergekit.output.manifest import TensorRecord
+    from mergekit.output.manifest import MANIFEST, TensorRecord
 
     sink, plan = Checksums(), _reading(checkpoint)
     run_threads(plan, sink, threads=threads, advance=advance)
@@ -155,7 +155,7 @@ def _check_config(checkpoint: Checkpoint, result: Verification) -> None:
     """config.json and the tokenizer against the tensors."""
     from mergekit.families.config import layer_count
     from mergekit.families.layout import infer_layout
-    from mergekit.output import vocabulary_faults
+    from mergekit.output.check import vocabulary_faults
 
     if not checkpoint.config:
         result.faults.append("config.json is missing or empty, so no program can load this model")

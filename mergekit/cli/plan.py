@@ -15,7 +15,7 @@ from mergekit.cli.show import size
 from mergekit.options import add_merge_options
 
 if TYPE_CHECKING:
-    from mergekit.planning import Plan
+    from mergekit.planning.plan import Plan
 
 
 @click.command(

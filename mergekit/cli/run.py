@@ -16,7 +16,7 @@ from mergekit.cli.show import size
 from mergekit.errors import some_of
 
 if TYPE_CHECKING:
-    from mergekit.planning import Plan
+    from mergekit.planning.plan import Plan
 
 __all__ = ["announce", "conclude", "events_option"]
 

@@ -13,7 +13,7 @@ from mergekit.cli.plan import report
 from mergekit.cli.progress import progress
 
 if TYPE_CHECKING:
-    from mergekit.planning import Plan
+    from mergekit.planning.plan import Plan
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 

@@ -10,8 +10,8 @@ from mergekit.checkpoint import read_json
 from mergekit.errors import CheckpointError
 from mergekit.families.config import ids_beyond, vocab_size
 from mergekit.families.layout import is_embedding
-from mergekit.vocab import vocabulary_of
 from mergekit.vocab.templates import chat_template, special_strings, syntax_fault
+from mergekit.vocab.vocabulary import vocabulary_of
 
 __all__ = ["vocabulary_faults"]
 

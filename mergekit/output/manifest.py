@@ -10,12 +10,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit.checkpoint import read_json
 from mergekit.errors import CheckpointError
 from mergekit.output.record import record_text
-from mergekit.planning.plan import OutputTensor, Plan, Source
+
+if TYPE_CHECKING:
+    from mergekit.planning.plan import OutputTensor, Plan, Source
 
 __all__ = [
     "MANIFEST",

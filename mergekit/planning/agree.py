@@ -9,8 +9,8 @@ from typing import Any
 
 from mergekit.planning.models import Model, Models
 from mergekit.planning.vocabulary import Alignment
-from mergekit.vocab import Vocabulary
 from mergekit.vocab.templates import chat_template
+from mergekit.vocab.vocabulary import Vocabulary
 
 __all__ = ["disagreements"]
 

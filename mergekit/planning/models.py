@@ -17,13 +17,13 @@ from mergekit.families.config import is_tied
 from mergekit.families.layout import Layout, infer_layout, is_embedding, is_head
 from mergekit.planning.adapted import Change, FourBit, adapt
 from mergekit.planning.locate import Locator, is_folder
-from mergekit.recipe import Recipe
 from mergekit.refs import ModelPath, ModelReference
 
 if TYPE_CHECKING:
     from mergekit.downloads import Told
+    from mergekit.recipe import Recipe
 
-__all__ = ["Model", "Models", "open_models", "open_recipe"]
+__all__ = ["Model", "Models", "check_architectures", "has_remote_models", "open_models", "open_recipe"]
 
 
 @dataclass(frozen=True, eq=False)  # no slots: the names below are looked up once
@@ -236,6 +236,3 @@ def check_architectures(models: Models, *, allow_crimes: bool) -> list[str]:
                 f"{text}; merged all the same (--allow-crimes), tensor by tensor where names and shapes agree"
             )
     return warnings
-
-
-__all__ += ["check_architectures"]

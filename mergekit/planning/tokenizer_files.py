@@ -15,9 +15,10 @@ from mergekit.planning.document import TOKENIZER_FILES, donor_files
 from mergekit.planning.models import Models
 from mergekit.planning.vocabulary import Alignment
 from mergekit.recipe import Recipe
-from mergekit.vocab import as_text, read_vocabulary
 from mergekit.vocab.special import settle_token_ids
 from mergekit.vocab.templates import BUILT_IN, chat_template, special_strings, template_fault, template_text
+from mergekit.vocab.union import as_text
+from mergekit.vocab.vocabulary import read_vocabulary
 
 __all__ = ["SmallFiles", "small_files"]
 

@@ -18,7 +18,9 @@ from mergekit.planning.models import Models
 from mergekit.planning.slots import Contribution
 from mergekit.recipe import Recipe
 from mergekit.refs import ModelReference
-from mergekit.vocab import Vocabulary, read_vocabulary, token_map, unite, untold, with_tokens
+from mergekit.vocab.maps import token_map, untold
+from mergekit.vocab.union import unite, with_tokens
+from mergekit.vocab.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = ["Alignment", "align_vocabularies", "other_meanings"]
 
