@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain, count
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from mergekit.errors import RecipeError
 
-__all__ = ["ModelPath", "ModelReference", "but_folder"]
+__all__ = ["ModelPath", "ModelReference", "but_folder", "distinct_names"]
 
 
 def but_folder(path: str) -> str:
@@ -60,6 +61,21 @@ class ModelPath:
         pure = PurePosixPath(self.path.rstrip("/") or "/")
         is_local = self.path.startswith(("/", "~", ".")) or len(pure.parts) != 2
         return pure.name if is_local else str(pure)
+
+
+def distinct_names(paths: Iterable[ModelPath]) -> dict[ModelPath, str]:
+    """The short name of each path; where two have the same, later ones with their revision or a number.
+
+    >>> paths = [ModelPath("/a/code"), ModelPath("/b/code"), ModelPath("org/m"), ModelPath("org/m", "v2")]
+    >>> list(distinct_names(paths).values())
+    ['code', 'code (2)', 'org/m', 'org/m@v2']
+    """
+    names: dict[ModelPath, str] = {}
+    for path in dict.fromkeys(paths):
+        name = f"{path.short}@{path.revision}" if path.revision and path.short in names.values() else path.short
+        others = (f"{name} ({number})" for number in count(2))
+        names[path] = next(n for n in chain([name], others) if n not in names.values())
+    return names
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,6 +226,19 @@ def test_figures_are_those_of_the_statistics():
     ast.parse(code)
 
 
+def test_folders_of_one_name_are_told_apart():
+    base, *entries = make(**{"base": "", "runs/1/best": "license: mit", "runs/2/best": "license: apache-2.0"})
+    recipe = {"merge_method": "task_arithmetic", "base_model": base["model"], "models": entries}
+    mergekit.run_merge({**recipe, "parameters": {"weight": 1}}, "out")
+    summary = yaml.safe_load(Path("out/merge_stats.json").read_text())["summary"]
+    assert list(summary["deltas"]) == ["best", "best (2)"]
+    assert list(summary["cosines"]) == ["best, best (2)"]
+    card = Path("out/README.md").read_text()
+    assert "| best | mit | 1 |" in card
+    assert "| best (2) | apache-2.0 | 1 |" in card
+    assert "runs/1" not in card.replace(Path("out/mergekit_config.yml").read_text(), "")
+
+
 def test_without_statistics_there_are_no_figures():
     card = model_card(plan_of(make(a="", b="")), "out")
     assert "What the merge did" not in card

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from mergekit.downloads import Told
     from mergekit.execute.compare import Sums
     from mergekit.planning.compare import Pairing
-    from mergekit.planning.plan import Source
 
 __all__ = ["compare_pairing", "diff", "pair"]
 
@@ -63,19 +61,13 @@ def compare_pairing(
 
     sums = tuple(compare(pairing, ready_kernels(["differences"], on_compile), threads=threads, advance=advance))
     return Comparison(
-        models=_names(pairing.sources[: pairing.models]),
+        models=pairing.names,
         layers=pairing.layers,
         places=pairing.places,
         sums=sums,
         remarks=(*pairing.remarks, *_damage(pairing, sums)),
         spectra=dict(_spectra(pairing)) if spectrum else {},
     )
-
-
-def _names(sources: Sequence[Source]) -> tuple[str, ...]:
-    """Short names, as far as they differ; else the references as they were given."""
-    often = Counter(source.short for source in sources)
-    return tuple(source.short if often[source.short] == 1 else source.reference for source in sources)
 
 
 def _damage(pairing: Pairing, sums: Sequence[Sums]) -> Iterator[str]:

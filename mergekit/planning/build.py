@@ -22,6 +22,7 @@ from mergekit.planning.slots import Slots, find_slots
 from mergekit.planning.tokenizer_files import small_files
 from mergekit.planning.vocabulary import align_vocabularies, other_meanings
 from mergekit.recipe import Recipe
+from mergekit.refs import distinct_names
 from mergekit.version import __version__
 
 if TYPE_CHECKING:
@@ -116,13 +117,16 @@ def build_plan(recipe: Recipe, options: PlanOptions, listener: Listener | None =
 
 
 def sources_of(models: Models) -> tuple[Source, ...]:
-    """The sources of a plan: the models in order, then their adapters."""
+    """The sources of a plan: the models in order, then their adapters, under names that differ."""
+    references = [model.reference for model in models.models]
+    names = distinct_names([*(r.model for r in references), *(path for path, _ in models.adapters)])
+    shorts = [f"{names[r.model]}+{names[r.lora]}" if r.lora else names[r.model] for r in references]
     below = tuple(
-        Source(str(m.reference), m.reference.short, str(m.checkpoint.folder), m.checkpoint.files, m.checkpoint.pickled)
-        for m in models.models
+        Source(str(m.reference), short, str(m.checkpoint.folder), m.checkpoint.files, m.checkpoint.pickled)
+        for m, short in zip(models.models, shorts, strict=True)
     )
     return below + tuple(
-        Source(str(path), path.short, str(adapter.folder), adapter.files, adapter.pickled, adapter=True)
+        Source(str(path), names[path], str(adapter.folder), adapter.files, adapter.pickled, adapter=True)
         for path, adapter in models.adapters
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,14 +41,20 @@ class Place:
 class Pairing:
     """All places that models have in common, and remarks about what they don't.
 
-    The first ``models`` of ``sources`` are the models; ``layers`` counts those of the first one's main stack.
+    The first ``models`` of ``sources`` are the models, called ``names``; ``layers`` counts those of the first one's
+    main stack.
     """
 
     sources: tuple[Source, ...]
-    models: int
+    names: tuple[str, ...]
     layers: int
     places: tuple[Place, ...]
     remarks: tuple[str, ...]
+
+    @property
+    def models(self) -> int:
+        """How many models."""
+        return len(self.names)
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +81,15 @@ def pair_models(models: Models) -> Pairing:
             f"'mergekit inspect' shows what they are"
         )
     layers = first.layout.main.count if first.layout.main else 0
-    return Pairing(sources_of(models), len(models.models), layers, places, (*models.warnings, *finder.remarks()))
+    remarks = (*models.warnings, *finder.remarks())
+    return Pairing(sources_of(models), _names(models), layers, places, remarks)
+
+
+def _names(models: Models) -> tuple[str, ...]:
+    """Short names where they differ, else the references as they were given: who compares has both folders at hand."""
+    references = [model.reference for model in models.models]
+    often = Counter(reference.short for reference in references)
+    return tuple(r.short if often[r.short] == 1 else str(r) for r in references)
 
 
 class _Finder:
