@@ -554,7 +554,7 @@ class TestDiff:
         write_tokenizer(Path("b"), train("byte_bpe"), ["<y>", "<z>"], {"chat_template": "{{ 1 }}", "eos_token": "<y>"})
         result = mergekit("tokenizer", "diff", "a", "b")
         assert result.code == 0, result
-        for phrase in ("1 tokens only in a", "1 tokens only in b", "'<y>'  special", "eos_token: '</s>' -> '<y>'",
+        for phrase in ("1 token only in a", "1 token only in b", "'<y>'  special", "eos_token: '</s>' -> '<y>'",
                        "chat template: only b has one"):  # fmt: skip
             assert phrase in result.out
 

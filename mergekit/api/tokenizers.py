@@ -17,5 +17,6 @@ def tokenizer_difference(first: str, second: str, *, cache_dir: Path | None = No
     from mergekit.vocab.difference import compare_tokenizers
 
     references = [reference_of(first), reference_of(second)]
-    a, b = ((small_folder(reference.model, cache_dir), reference.short) for reference in references)
+    is_one_name = references[0].short == references[1].short
+    a, b = ((small_folder(r.model, cache_dir), str(r) if is_one_name else r.short) for r in references)
     return compare_tokenizers(a, b)

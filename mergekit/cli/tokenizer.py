@@ -50,7 +50,7 @@ def difference_lines(found: Difference, most: int | None) -> list[str]:
     lines.append(f"{found.shared:,} tokens in both, {len(found.moved):,} of them under different ids")
     lines += _listed([f"{t!r}  {i} -> {j}" for t, i, j in found.moved], most)
     for name, vocabulary, only in ((a.name, a, found.only_first), (b.name, b, found.only_second)):
-        lines.append(f"{len(only):,} tokens only in {name}")
+        lines.append(f"{len(only):,} token{'s' * (len(only) != 1)} only in {name}")
         lines += _listed([f"{vocabulary.ids[token]:>7}  {token!r}{_kind(vocabulary, token)}" for token in only], most)
     if found.merges != (0, 0):
         lines.append(f"{found.merges[0]:,} merges only in {a.name}, {found.merges[1]:,} only in {b.name}")
