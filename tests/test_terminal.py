@@ -216,8 +216,10 @@ def test_threads_lose_no_bytes():
 # A terminal
 
 
-def in_terminal(arguments: list[str], columns: int, *, interrupt: bool = False, slow: bool = False) -> tuple[int, str]:
-    """Run the program in a pseudo-terminal; ``interrupt``: press Ctrl-C as soon as tensors are shown."""
+def in_terminal(
+    arguments: list[str], columns: int, *, stop: signal.Signals | None = None, slow: bool = False, **environment: str
+) -> tuple[int, str]:
+    """Run the program in a pseudo-terminal; ``stop``: the signal that comes as soon as tensors are shown."""
     code = "import sys, time; sys.argv[0] = 'mergekit'\n"
     if slow:
         code += (
@@ -229,13 +231,12 @@ def in_terminal(arguments: list[str], columns: int, *, interrupt: bool = False, 
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     # COLUMNS, which other tests set, would win over the size of the terminal.
     inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-    environment = {**inherited, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdin=child,
         stdout=child,
         stderr=child,
-        env=environment,
+        env={**inherited, "TERM": "xterm", "PYTHONPATH": str(ROOT), **environment},
         start_new_session=True,
     )
     os.close(child)
@@ -248,9 +249,9 @@ def in_terminal(arguments: list[str], columns: int, *, interrupt: bool = False, 
         if not part:
             break
         shown += part
-        if interrupt and b"layers.0.w" in shown:
-            process.send_signal(signal.SIGINT)
-            interrupt = False
+        if stop and b"layers.0.w" in shown:
+            process.send_signal(stop)
+            stop = None
     os.close(parent)
     return process.wait(), shown.decode()
 
@@ -268,10 +269,11 @@ def test_the_live_view_shows_bytes_and_tensor_and_goes(recipe):
     assert [line.strip()[:9] for line in after.split("\r\n") if line.strip()] == ["wrote out", "load it: "]
 
 
-def test_no_line_is_wider_than_a_narrow_terminal(recipe):
+def test_no_line_is_wider_than_a_narrow_terminal_and_no_color_is_none(recipe):
     command.warm_up()
-    code, shown = in_terminal(["merge", "r.yml", "out", "-j", "1"], 40, slow=True)
+    code, shown = in_terminal(["merge", "r.yml", "out", "-j", "1"], 40, slow=True, NO_COLOR="1")
     assert code == 0, shown
+    assert not re.search(r"\x1b\[[0-9;]*[39][0-7][0-9;]*m", shown)
     view = CONTROL.sub("", shown.split("\x1b[?25h")[0])
     assert "%" in view
     assert max(map(len, re.split(r"[\r\n]+", view))) <= 40
@@ -339,10 +341,11 @@ def test_a_terminal_that_becomes_narrower_keeps_what_was_said_and_one_view(monke
     assert max(map(len, shown)) <= 25
 
 
-def test_an_interrupt_restores_the_terminal_and_the_command_goes_on(recipe):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_restores_the_terminal_and_the_command_goes_on(recipe, stop):
     command.warm_up()
-    code, shown = in_terminal(["merge", "r.yml", "out", "-j", "1"], 80, interrupt=True, slow=True)
-    assert code == 130, shown
+    code, shown = in_terminal(["merge", "r.yml", "out", "-j", "1"], 80, stop=stop, slow=True)
+    assert code == 128 + stop, shown
     assert shown.count("\x1b[?25h") == 1
     assert shown.rstrip().endswith("interrupted; the same command continues where this one stopped")
     assert "Traceback" not in shown
