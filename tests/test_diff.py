@@ -146,6 +146,13 @@ def test_integers_and_damage_are_told(tmp_path):
     assert reading(found)
 
 
+def test_layers_that_are_not_numbered_in_order_are_told(tmp_path):
+    value = np.random.default_rng(0).standard_normal
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": value((3, 5)) for n in (0, 2, 7)}
+    found = diff(write_model(tmp_path / "a", tensors), write_model(tmp_path / "b", tensors))
+    assert found.remarks == ("the layers of a are not numbered 0, 1, 2, ..., so nothing is told by layer",)
+
+
 def test_weights_of_a_model_that_is_cut_short(tmp_path):
     folders = family(tmp_path, 2, F32, SHAPES)
     path = folders[1] / "model.safetensors"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mergekit.dtypes import F32, F64
 from mergekit.errors import IncompatibleError, some_of
 from mergekit.families.align import align
-from mergekit.families.layout import is_derived_buffer, is_embedding, is_head
+from mergekit.families.layout import is_derived_buffer, is_embedding, is_head, numbers_out
 from mergekit.families.roles import role
 from mergekit.planning.build import sources_of
 from mergekit.planning.expression import Leaf, Split, stored
@@ -149,8 +149,12 @@ class _Finder:
         return Place(name, role(name), layer, first.layout.row(name), shape, tuple(members), tuple(inputs))
 
     def remarks(self) -> list[str]:
-        """What was not compared, a line for each reason."""
-        found = [f"{reason}: {some_of(names)}" for reason, names in self._faults.items()]
+        """What was not compared, a line for each reason, and what can't be told."""
+        first = self._models[0]
+        has_layers = any(numbers_out(name) != name for name in first.tensors)
+        found = [f"the layers of {self.names[0]} are not numbered 0, 1, 2, ..., so nothing is told by layer"]
+        found = found if has_layers and not first.layout.stacks else []
+        found += [f"{reason}: {some_of(names)}" for reason, names in self._faults.items()]
         for number, model in enumerate(self._models.models[1:], start=1):
             spare = [
                 n for n, i in model.tensors.items() if n not in self._used[number] and not is_derived_buffer(n, i.shape)
