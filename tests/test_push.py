@@ -251,6 +251,15 @@ def test_without_a_token(server: HubServer, merged: Path, monkeypatch: pytest.Mo
     assert not server.requests()
 
 
+@pytest.mark.parametrize("more", ["é", " x", "\u200b"])
+def test_a_malformed_token_is_not_sent(
+    server: HubServer, merged: Path, monkeypatch: pytest.MonkeyPatch, more: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN + more)
+    assert_refused(push(), 1, "the token for 127.0.0.1", "is malformed: copy it again")
+    assert not server.requests()
+
+
 def test_offline(server: HubServer, merged: Path) -> None:
     with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
         assert_refused(push(), 1, "HF_HUB_OFFLINE forbids talking to the hub: set HF_HUB_OFFLINE=0")
