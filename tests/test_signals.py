@@ -152,7 +152,15 @@ def test_who_can_not_answer_is_not_asked(recipe: Path) -> None:
 def test_push_asks_nobody_where_nobody_can_answer(recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace("m0", str(Path("m0").absolute())))
     assert command.mergekit("merge", "r.yml", "out").code == 0
-    found = {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1"}
-    result = shell("<&-", "push", "out", "org/model", "--quiet", **found)
+    result = shell(
+        "<&-",
+        "push",
+        "out",
+        "org/model",
+        "--quiet",
+        HF_TOKEN="hf_x",
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT="http://127.0.0.1:1",
+    )
     assert result.code == 2
     assert result.err.startswith("error: the recipe names folders of this machine, for everyone to read: ")

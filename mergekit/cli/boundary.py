@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +13,12 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mergekit.cli import signals
-from mergekit.errors import MergekitError, UsageError
+from mergekit.errors import CONTROL, MergekitError, UsageError
 
 if TYPE_CHECKING:
     import click
 
 __all__ = ["EXIT_CODES", "as_events", "can_ask", "event", "plain", "program", "resumable", "run", "say", "tell"]
-
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _Listener:
@@ -116,7 +113,7 @@ def plain(text: str) -> str:
     >>> plain("a\\x1b[31m")
     'a\\\\x1b[31m'
     """
-    lines = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text).split("\n")
+    lines = [CONTROL.sub(lambda match: repr(match[0])[1:-1], line) for line in text.split("\n")]
     return "\n".join(line if len(line) <= 1000 else line[:900] + " ... " + line[-90:] for line in lines)
 
 
