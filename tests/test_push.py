@@ -102,10 +102,12 @@ def test_only_the_model_goes_up(server: HubServer, merged: Path) -> None:
     for name in ("notes.txt", "optimizer.bin", ".env", "more.json", "LICENSE"):
         Path("out", name).write_text("mine")
     Path("out/checkpoints").mkdir()
+    Path("out/merge_report.html").write_text("<p>in no manifest")
     before = set(local()) - {"notes.txt", "optimizer.bin", ".env", "more.json"}
     result = push()
     assert result.code == 0, result.err
     assert set(held(server)) == before
+    assert "merge_report.html" in before
     assert "note: no part of the model, so it stays here: .env, checkpoints, more.json and 2 more" in result.err
 
 
