@@ -61,13 +61,14 @@ def find_upload(folder: Path, repo_id: str) -> Upload:
 def _small_files(folder: Path, weights: list[str]) -> list[str]:
     """The names of the files beside the weights that make up a model, in order."""
     from mergekit.output.manifest import MANIFEST, read_manifest
+    from mergekit.output.names import REPORT
     from mergekit.output.staging import holds_weights
     from mergekit.planning.document import files_to_copy
 
     manifest = read_manifest(folder)
     ours = files_to_copy(folder, tokenizer=True)
     if manifest is not None:
-        ours = [*manifest.files, manifest.recipe_name, MANIFEST, "merge_report.html"]
+        ours = [*manifest.files, manifest.recipe_name, MANIFEST, REPORT]
     terms = [path.name for path in sorted(folder.iterdir()) if path.name.upper().startswith(_TERMS)]
     ending = f"{Path(weights[0]).suffix}.index.json"
     index = [name for name in holds_weights(folder) if name.endswith(ending)]
