@@ -19,10 +19,12 @@ Low levels raise facts (tensor, file); the command line prints ``str(error)`` an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 __all__ = [
+    "CONTROL",
     "CheckpointError",
     "DiskSpaceError",
     "HubError",
@@ -39,6 +41,15 @@ __all__ = [
     "nearest",
     "some_of",
 ]
+
+
+CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f"  # of terminals
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # of the direction of text
+    r"\u2028\u2029"  # ends of lines and paragraphs
+    r"\ud800-\udfff]"  # halves of characters, which can't be written as UTF-8
+)
+"""Characters that steer what shows them, so that a text looks like another one; no name of a tensor holds them."""
 
 
 class MergekitError(Exception):

@@ -31,8 +31,11 @@ def check_push(repo_id: str, revision: str | None) -> None:
         raise HubError("HF_HUB_OFFLINE forbids talking to the hub: set HF_HUB_OFFLINE=0")
     from huggingface_hub import get_token
 
-    if not get_token():
+    token = get_token()
+    if not token:
         raise HubError(f"no token for {host_name()}: `hf auth login` with one that may write, or set HF_TOKEN")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise HubError(f"the token for {host_name()} is malformed: copy it again, for `hf auth login` or HF_TOKEN")
 
 
 def push(

@@ -286,6 +286,15 @@ PUBLISHING = [
         meaning="A page of the hub's settings makes tokens.",
     ),
     Case(
+        title="The token is malformed",
+        build=lambda folder: None,
+        command=PUSH,
+        code=1,
+        during=lambda: _writable(token=f"{TOKEN}é"),
+        message="the token for huggingface.co is malformed: copy it again, for `hf auth login` or HF_TOKEN",
+        meaning="It holds a letter, a space or a sign that no token has. Nothing was sent.",
+    ),
+    Case(
         title="The token may not write there",
         build=lambda folder: None,
         command=PUSH,

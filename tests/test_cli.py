@@ -467,6 +467,8 @@ def test_the_curious_get_the_traceback(monkeypatch):
 def test_what_is_printed_can_not_steer_the_terminal():
     assert plain("a\x1b[31mb\x07\rc\x9b\x00") == "a\\x1b[31mb\\x07\\rc\\x9b\\x00"
     assert plain("two\nlines, é 漢 \ud800") == "two\nlines, é 漢 \\ud800"
+    for code in (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)):
+        assert plain(f"w{chr(code)}gnp.exe") == f"w\\u{code:04x}gnp.exe", "text that runs another way"
     assert len(plain("x" * 5000 + "\n" + "y" * 5000).splitlines()[1]) < 1000
 
 

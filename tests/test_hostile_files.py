@@ -107,6 +107,9 @@ HEADERS: dict[str, tuple[object, bytes, str]] = {
     "a hole between": ({**entry(), "v": {**entry()["w"], "data_offsets": [16, 24]}}, bytes(24), "'v' is preceded by"),
     "bytes that no tensor owns": (entry(), bytes(12), "bytes that no tensor owns"),
     "controls in a name": ({"w\x1b[31m": W}, bytes(8), "tensor 'w\\x1b[31m' has a name with control characters"),
+    "a name that turns around": (
+        {"w\u202egnp.exe": W}, bytes(8), "tensor 'w\\u202egnp.exe' has a name with control characters"
+    ),
     "a name that is no text": (b'{"\\ud800":%s}' % json.dumps(W).encode(), bytes(8), "half of a surrogate pair"),
 }  # fmt: skip
 

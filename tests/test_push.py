@@ -102,10 +102,12 @@ def test_only_the_model_goes_up(server: HubServer, merged: Path) -> None:
     for name in ("notes.txt", "optimizer.bin", ".env", "more.json", "LICENSE"):
         Path("out", name).write_text("mine")
     Path("out/checkpoints").mkdir()
+    Path("out/merge_report.html").write_text("<p>in no manifest")
     before = set(local()) - {"notes.txt", "optimizer.bin", ".env", "more.json"}
     result = push()
     assert result.code == 0, result.err
     assert set(held(server)) == before
+    assert "merge_report.html" in before
     assert "note: no part of the model, so it stays here: .env, checkpoints, more.json and 2 more" in result.err
 
 
@@ -248,6 +250,15 @@ def test_a_hub_that_does_not_answer(server: HubServer, merged: Path, error: type
 def test_without_a_token(server: HubServer, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "")
     assert_refused(push(), 1, "no token for 127.0.0.1", "`hf auth login` with one that may write, or set HF_TOKEN")
+    assert not server.requests()
+
+
+@pytest.mark.parametrize("more", ["é", " x", "\u200b"])
+def test_a_malformed_token_is_not_sent(
+    server: HubServer, merged: Path, monkeypatch: pytest.MonkeyPatch, more: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN + more)
+    assert_refused(push(), 1, "the token for 127.0.0.1", "is malformed: copy it again")
     assert not server.requests()
 
 

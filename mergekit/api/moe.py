@@ -20,6 +20,7 @@ from mergekit.api.weights import PlanWeights
 from mergekit.errors import UsageError
 from mergekit.output.card import without_paths
 from mergekit.output.moe_card import moe_card
+from mergekit.output.names import ROUTING
 
 if TYPE_CHECKING:
     from mergekit.downloads import Told
@@ -167,7 +168,7 @@ def run_moe_plan(
 
             stage("checking the identity law")
             lines.append(f"verified: {check_identity(made, staging, options)}")
-        return [("routing.json", without_paths(report.to_json(), made.plan)) for report in reports]
+        return [(ROUTING, without_paths(report.to_json(), made.plan)) for report in reports]
 
     def card(title: str, summary: Mapping[str, Any] | None) -> str:
         routing = without_paths(reports[0].markdown(), made.plan) if reports else None

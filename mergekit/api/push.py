@@ -61,13 +61,14 @@ def find_upload(folder: Path, repo_id: str) -> Upload:
 def _small_files(folder: Path, weights: list[str]) -> list[str]:
     """The names of the files beside the weights that make up a model, in order."""
     from mergekit.output.manifest import MANIFEST, read_manifest
+    from mergekit.output.names import REPORT
     from mergekit.output.staging import holds_weights
     from mergekit.planning.document import files_to_copy
 
     manifest = read_manifest(folder)
     ours = files_to_copy(folder, tokenizer=True)
     if manifest is not None:
-        ours = [*manifest.files, manifest.recipe_name, MANIFEST, "merge_report.html"]
+        ours = [*manifest.files, manifest.recipe_name, MANIFEST, REPORT]
     terms = [path.name for path in sorted(folder.iterdir()) if path.name.upper().startswith(_TERMS)]
     ending = f"{Path(weights[0]).suffix}.index.json"
     index = [name for name in holds_weights(folder) if name.endswith(ending)]
@@ -87,16 +88,18 @@ def push_model(
     verify: bool = True,
     quiet: bool = True,
     agree: Callable[[Upload], bool] = lambda upload: True,
-    stage: Callable[[str], None] = lambda text: None,
+    stage: Callable[[str, int], None] = lambda text, nbytes: None,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> str | None:
     """Upload the model in ``folder`` to the hub as ``repo_id`` and return its address, None if ``agree`` says no.
 
-    The model is checked first (``verify_model``), unless ``verify`` is False; ``advance`` is told of checked bytes. All
+    The model is checked first (``verify_model``), unless ``verify`` is False. ``stage`` is told what is done next, and
+    the bytes that ``advance`` will be told of while it is: those that are checked, none of those that are sent. All
     files arrive in one commit on the branch ``revision``, which replaces weights of an older model there. In README.md
     the code that loads the model names it as the hub does. Raises CheckpointError for a model that is not sound,
     UsageError for one that is not complete, HubError where the hub can't be used.
     """
+    from mergekit.checkpoint import open_checkpoint
     from mergekit.output.staging import is_model_file
     from mergekit.uploads import check_push, push
 
@@ -106,12 +109,12 @@ def push_model(
     if not agree(upload):
         return None
     if verify:
-        stage(f"checking {folder}")
+        stage(f"checking {folder}", open_checkpoint(folder).nbytes())
         found = verify_model(folder, advance=advance)
         if found.faults:
             raise CheckpointError(f"{folder} is not sound, so nothing was sent: {some_of(found.faults, 2)}")
     names = [name for name, _ in upload.files]
-    stage(f"sending {len(names)} files to {repo_id}")
+    stage(f"sending {len(names)} files to {repo_id}", 0)
     return push(
         folder,
         names,

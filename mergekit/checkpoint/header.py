@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from pathlib import Path
 
 from mergekit.checkpoint.json_text import parse_json
 from mergekit.dtypes import BY_CODE, DType
-from mergekit.errors import CheckpointError
+from mergekit.errors import CONTROL, CheckpointError
 
-__all__ = ["CONTROL", "MAX_HEADER", "TensorInfo", "build_header", "parse_header", "read_header"]
+__all__ = ["MAX_HEADER", "TensorInfo", "build_header", "parse_header", "read_header"]
 
 MAX_HEADER = 100 * 1024 * 1024
 """Bytes of JSON that we are willing to parse; the safetensors library has the same limit."""
@@ -28,8 +27,6 @@ _BITS = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6
 """Types that exist in the wild but that we can only recognise and refuse."""
 _PICKLE = "pytorch_model.bin"
 _DAMAGED = "the file is damaged or hostile, download it again"
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Characters that no name of a tensor holds: they could steer a terminal, or can't be written as UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)

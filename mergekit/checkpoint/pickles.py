@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mergekit.checkpoint.header import CONTROL, TensorInfo
+from mergekit.checkpoint.header import TensorInfo
 from mergekit.checkpoint.pickle_bombs import is_bomb
 from mergekit.dtypes import BY_CODE, DType
-from mergekit.errors import CheckpointError
+from mergekit.errors import CONTROL, CheckpointError
 
 __all__ = ["PickledTensor", "pickle_header"]
 

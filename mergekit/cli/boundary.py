@@ -5,22 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mergekit.errors import MergekitError, UsageError
+from mergekit.cli import signals
+from mergekit.errors import CONTROL, MergekitError, UsageError
 
 if TYPE_CHECKING:
     import click
 
-__all__ = ["EXIT_CODES", "as_events", "event", "plain", "program", "resumable", "run", "say", "tell"]
-
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+__all__ = ["EXIT_CODES", "as_events", "can_ask", "event", "plain", "program", "resumable", "run", "say", "tell"]
 
 
 class _Listener:
@@ -63,24 +61,50 @@ EXIT_CODES = {
 """What the program ends with."""
 
 
+def can_ask() -> bool:
+    """Whether somebody is there to answer a question."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def say(text: str = "") -> None:
     """Print lines for people on stderr; results go to stdout. Names from files can't reach the terminal's controls."""
     if as_events():
         event("message", text=plain(text))
         return
-    try:
-        print(plain(text), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass  # nobody listens; a remark that can't be made is no reason to fail
+    _print(text)
+
+
+def _print(text: str) -> None:
+    # A live view draws around it, and could not go after half of that.
+    with signals.whole() if signals.leaving else nullcontext():
+        try:
+            print(plain(text), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass  # nobody listens; a remark that can't be made is no reason to fail
 
 
 def _fail(text: str, code: int, kind: str) -> NoReturn:
     """End the program with an error."""
+    _end(f"error: {text}", text, code, kind)
+
+
+def _end(line: str, text: str, code: int, kind: str) -> NoReturn:
+    """The last word: a line for people, an event with ``text`` for a program."""
     if as_events():
-        event("error", text=plain(text), kind=kind, exit_code=code)
+        try:
+            event("error", text=plain(text), kind=kind, exit_code=code)
+        except OSError:  # the program listens no more; somebody may read the other stream
+            _hush()
+            _print(line)
     else:
-        say(f"error: {text}")
+        _print(line)
     sys.exit(code)
+
+
+def _hush() -> None:
+    """What stdout holds yet, and could not write, goes nowhere: else the interpreter would fail by it at its end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def plain(text: str) -> str:
@@ -89,7 +113,7 @@ def plain(text: str) -> str:
     >>> plain("a\\x1b[31m")
     'a\\\\x1b[31m'
     """
-    lines = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text).split("\n")
+    lines = [CONTROL.sub(lambda match: repr(match[0])[1:-1], line) for line in text.split("\n")]
     return "\n".join(line if len(line) <= 1000 else line[:900] + " ... " + line[-90:] for line in lines)
 
 
@@ -97,8 +121,35 @@ def program(command: Callable[..., Any], name: str, **context: Any) -> None:
     """``run`` for a process of its own."""
     # A tenth of a short run would go to looking for cycles among what imports leave behind; merging makes none.
     gc.disable()
-    signal.signal(signal.SIGTERM, _terminate)
+    _open_closed()
+    signals.listen()
     run(command, name, **context)
+
+
+def _open_closed() -> None:
+    """Open standard streams that are closed, else the next file opened would be one: a shard could be stdout, say.
+
+    Stdout is then a closed pipe, because results that nobody gets are a fault; of remarks they are none.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+            continue  # somebody else's file has the number
+        except OSError:
+            pass
+        if name == "stdout":
+            unread, descriptor = os.pipe()
+            os.close(unread)
+        else:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+        os.dup2(descriptor, number)
+        if descriptor != number:
+            os.close(descriptor)
+        setattr(
+            sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8", errors="backslashreplace")
+        )
 
 
 def run(command: Callable[..., Any], name: str, **context: Any) -> None:
@@ -107,13 +158,17 @@ def run(command: Callable[..., Any], name: str, **context: Any) -> None:
     ``context``: settings of click's context, such as ``obj``.
     """
     try:
-        code = command.main(prog_name=name, standalone_mode=False, **context)  # type: ignore[attr-defined]
+        try:
+            code = command.main(prog_name=name, standalone_mode=False, **context)  # type: ignore[attr-defined]
+        finally:
+            signals.end()
     except MergekitError as error:
         _fail(str(error), error.exit_code, type(error).__name__)
-    except (KeyboardInterrupt, _TerminatedError) as error:
-        _interrupted(_TERMINATED if isinstance(error, _TerminatedError) else _INTERRUPTED, str(error))
+    except (KeyboardInterrupt, signals.TerminatedError) as error:
+        signals.end()  # it may have come before the other call of it was through
+        _interrupted(_TERMINATED if isinstance(error, signals.TerminatedError) else _INTERRUPTED, str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush()
         sys.exit(MergekitError.exit_code)
     except OSError as error:
         text = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
@@ -130,32 +185,19 @@ def run(command: Callable[..., Any], name: str, **context: Any) -> None:
         sys.exit(code)
 
 
-class _TerminatedError(BaseException):
-    """The process was asked to end."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    """What schedulers and containers send: stop as for an interrupt, keeping what is finished."""
-    raise _TerminatedError
-
-
 @contextmanager
 def resumable() -> Iterator[None]:
     """Around what the same command continues after an interrupt, and says so."""
     try:
         yield
-    except (KeyboardInterrupt, _TerminatedError) as stop:
+    except (KeyboardInterrupt, signals.TerminatedError) as stop:
         stop.args = ("the same command continues where this one stopped",)
         raise
 
 
 def _interrupted(code: int, advice: str = "") -> NoReturn:
     text = f"interrupted; {advice}" if advice else "interrupted"
-    if as_events():
-        event("error", text=text, kind="interrupted", exit_code=code)
-    else:
-        say(text)
-    sys.exit(code)
+    _end(text, text, code, "interrupted")
 
 
 def _misused(error: click.ClickException) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import as_events, event, program, resumable, say, tell
+from mergekit.cli.boundary import as_events, event, plain, program, resumable, say, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.plan import plan_lines, report
 from mergekit.cli.progress import downloads, progress
@@ -106,7 +106,7 @@ def _execute(made: MoePlan, out: Path, options: Any, choices: Any, quiet: bool) 
         event("report", lines=outcome.lines)
     elif not quiet:
         for line in outcome.lines:
-            click.echo(line)
+            click.echo(plain(line))
 
 
 def main() -> None:

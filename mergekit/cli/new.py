@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mergekit.cli.boundary import plain, say
+from mergekit.cli.boundary import can_ask, plain, say
 from mergekit.errors import MergekitError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def new(models: tuple[str, ...], base: str | None, method: str | None, output: P
     """
     from mergekit import api
 
-    asks = sys.stdin is not None and sys.stdin.isatty() and not models
+    asks = can_ask() and not models
     if asks:
         base, models = _ask_models(base, cache_dir)
         look = look and click.confirm("Read their weights to see how they differ?", default=True, err=True)

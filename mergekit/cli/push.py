@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mergekit.cli.boundary import plain, say
-from mergekit.cli.progress import progress
+from mergekit.cli.boundary import can_ask, plain, say
+from mergekit.cli.progress import Meter, progress
 from mergekit.cli.show import size
 from mergekit.errors import UsageError, some_of
 
@@ -44,17 +41,16 @@ def push(
     that of `hf auth login`, or HF_TOKEN.
     """
     from mergekit.api.push import push_model
-    from mergekit.checkpoint import open_checkpoint
 
-    total = open_checkpoint(Path(folder)).nbytes()
     with ExitStack() as screen:
-        bars: list[Callable[[int], None]] = []
+        meter = Meter(0, "")
 
-        def stage(text: str) -> None:
-            screen.close()  # the bar of the check, before the library draws those of the upload
+        def stage(text: str, nbytes: int) -> None:
+            nonlocal meter
+            screen.close()  # the bar of the check goes before the library draws those of the upload
             if not quiet:
                 say(text)
-            bars[:] = [screen.enter_context(progress(total, shown=not (quiet or no_verify or bars), what="checking"))]
+            meter = screen.enter_context(progress(nbytes, shown=nbytes > 0 and not quiet, what="checking"))
 
         address = push_model(
             folder,
@@ -66,7 +62,7 @@ def push(
             quiet=quiet,
             agree=lambda upload: _agree(upload, yes, quiet),
             stage=stage,
-            advance=lambda nbytes: bars[0](nbytes),
+            advance=lambda nbytes: meter(nbytes),
         )
     if address is None:
         say("nothing was sent")
@@ -84,7 +80,7 @@ def _agree(upload: Upload, yes: bool, quiet: bool) -> bool:
             say(f"note: no part of the model, so it stays here: {some_of(upload.left)}")
     if upload.paths and not yes:
         text = f"the recipe names folders of this machine, for everyone to read: {some_of(upload.paths)}"
-        if not sys.stdin.isatty():
+        if not can_ask():
             raise UsageError(f"{text}; --yes publishes it all the same")
         say(f"warning: {text}")
-    return yes or not sys.stdin.isatty() or click.confirm("Upload?", err=True)
+    return yes or not can_ask() or click.confirm("Upload?", err=True)

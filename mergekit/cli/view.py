@@ -17,6 +17,7 @@ from rich.text import Text
 from mergekit.cli.boundary import plain, say
 from mergekit.cli.progress import Meter
 from mergekit.cli.show import duration
+from mergekit.cli.signals import leaving, whole
 
 __all__ = ["View"]
 
@@ -36,12 +37,23 @@ class View(Meter, RenderHook):
     @contextmanager
     def shown(self) -> Iterator[None]:
         """For so long. What is printed meanwhile appears above; the view goes at the end, however it comes."""
-        with Live(self, console=self._console, refresh_per_second=8, transient=True, redirect_stdout=False):
+        live = Live(self, console=self._console, refresh_per_second=8, transient=True, redirect_stdout=False)
+
+        def leave() -> None:
+            self._console.pop_render_hook()
+            live.stop()
+
+        with whole():
+            live.start(refresh=True)
             self._console.push_render_hook(self)
-            try:
-                yield
-            finally:
-                self._console.pop_render_hook()
+            leaving.append(leave)
+        try:
+            yield
+        finally:
+            with whole():
+                if leave in leaving:
+                    leaving.remove(leave)
+                    leave()
 
     def tell(self, text: str) -> None:
         """A stage stands where tensors do, and its seconds where the speed does."""

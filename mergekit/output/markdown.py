@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from mergekit.errors import CONTROL
+
 __all__ = ["escape", "fenced", "link", "table"]
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|#~!$]|(?<![^\W_])_|_(?![^\W_])|&(?=[#\w])")
-_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+_UNSEEN = re.compile(f"{CONTROL.pattern}+")
 
 
 def escape(text: str) -> str:

@@ -29,6 +29,7 @@ from mergekit.errors import (
 )
 from mergekit.output.journal import Entry, Journal, publishing
 from mergekit.output.manifest import MANIFEST, read_manifest, sha256
+from mergekit.output.names import REPORT, ROUTING
 from mergekit.output.stats import STATS
 from mergekit.planning.plan import OutputTensor, Plan
 
@@ -36,7 +37,7 @@ __all__ = ["STAGING", "Staging", "holds_weights", "is_model_file", "refuse_repla
 
 STAGING = ".mergekit-staging"
 _MODEL_FILE = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
-_OURS = (STATS, MANIFEST, "routing.json", "merge_report.html", "configuration_phi3_moe.py", "modeling_phi3_moe.py")
+_OURS = (STATS, MANIFEST, ROUTING, REPORT, "configuration_phi3_moe.py", "modeling_phi3_moe.py")
 """Files that would say something false beside another model."""
 _COMMIT_BYTES = 1 << 30
 _COMMIT_SECONDS = 5.0

@@ -4,10 +4,11 @@ Here: everything about the page. Not here: figures, which are gathered while mer
 ``output.stats``. To add a heat map, add a grid; the page shows whatever there is.
 """
 
+from mergekit.output.names import REPORT, ROUTING
 from mergekit.output.report.charts import check_drawable
-from mergekit.output.report.data import AFTER, BEFORE, ROUTING, ReportData, report_data
+from mergekit.output.report.data import AFTER, BEFORE, ReportData, report_data
 from mergekit.output.report.grids import Grid
-from mergekit.output.report.page import REPORT, figures, page, render
+from mergekit.output.report.page import figures, page, render
 
 __all__ = [
     "AFTER",

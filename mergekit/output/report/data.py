@@ -15,13 +15,12 @@ from mergekit.families.roles import role
 from mergekit.moe.report import RoutingReport
 from mergekit.output.card import without_paths
 from mergekit.output.manifest import MANIFEST, Manifest, inputs_of_plan, manifest_of
+from mergekit.output.names import ROUTING
 from mergekit.output.stats import STATS, Statistics, statistics_of
 from mergekit.planning.expression import Apply, Expression, leaves
 from mergekit.planning.plan import OutputTensor, Plan
 
-__all__ = ["AFTER", "BEFORE", "ROUTING", "Input", "ReportData", "Tensor", "report_data"]
-
-ROUTING = "routing.json"
+__all__ = ["AFTER", "BEFORE", "Input", "ReportData", "Tensor", "report_data"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,7 @@ from mergekit.output.report.grids import (
 )
 from mergekit.output.report.words import findings, summary, totals
 
-__all__ = ["REPORT", "figures", "page", "render"]
-
-REPORT = "merge_report.html"
+__all__ = ["figures", "page", "render"]
 
 
 def page(data: ReportData) -> str:
