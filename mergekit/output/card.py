@@ -64,10 +64,16 @@ For all of them: {{ others }}.
 """
 
 
-def model_card(plan: Plan, title: str, summary: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    plan: Plan,
+    title: str,
+    summary: Mapping[str, Any] | None = None,
+    command: parts.Command | None = None,
+) -> str:
     """README.md for the result of ``plan``. ``title`` is usually the name of the output folder.
 
     ``summary`` holds the figures of the whole merge, as merge_stats.json has them; None where none were gathered.
+    ``command`` is what makes it again, if that is more than the defaults.
     """
     cards = input_cards(plan.sources)
     return front_matter(plan, cards, [plan.method]) + render(
@@ -81,7 +87,7 @@ def model_card(plan: Plan, title: str, summary: Mapping[str, Any] | None = None)
         licences=parts.licences(cards),
         remarks=remarks(plan, plan.warnings),
         recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
-        again=parts.again(plan),
+        again=parts.again(plan, command or parts.Command()),
         citations=parts.citations(plan),
     )
 

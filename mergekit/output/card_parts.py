@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mergekit.planning.plan import Plan
 
 __all__ = [
     "TOKENIZER_FILES",
+    "Command",
     "again",
     "citations",
     "licences",
@@ -33,9 +35,22 @@ __all__ = [
 _HUB = "https://huggingface.co"
 _PAPER = re.compile(r"(?P<who>.+?) (?P<year>(?:19|20)\d\d), (?P<title>.+)")
 _ARXIV = re.compile(r"https://arxiv\.org/abs/(\d{4}\.\d{4,5})")
+_FOLDER = "path/to/this/folder"
 _NAME_COMMENT = "this folder, or the model's name on the hub"
 _AUTO = {"ForCausalLM": "AutoModelForCausalLM", "ForMaskedLM": "AutoModelForMaskedLM",
          "ForSequenceClassification": "AutoModelForSequenceClassification"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What makes a model again: ``program``, and ``options`` that change what it writes.
+
+    ``code`` are those of them by which code is run, so that ``mergekit reproduce`` needs them, too.
+    """
+
+    program: str = "mergekit merge"
+    options: Sequence[str] = ()
+    code: Sequence[str] = ()
 
 
 def model_name(plan: Plan, position: int) -> str:
@@ -268,19 +283,24 @@ def _bibtex(method: Method) -> str:
     return f"@misc{{{key},\n  " + ",\n  ".join(lines) + "\n}"
 
 
-def again(plan: Plan) -> str:
+def again(plan: Plan, command: Command) -> str:
     """What this was made with, and the commands that make it again or check it."""
-    verb = "merge" if plan.mixture is None else "moe"
-    commands = (
-        f"mergekit {verb} {plan.recipe_name} again  # the same merge",
-        "mergekit reproduce FOLDER  # merge in memory and compare with this model, tensor by tensor",
-        "mergekit verify FOLDER     # are these the files that were written?",
-    )
+    lines = {
+        " ".join([command.program, f"{_FOLDER}/{plan.recipe_name}", "again", *command.options]): "the same merge",
+        " ".join(["mergekit reproduce", _FOLDER, *command.code]): "merge in memory, compare tensor by tensor",
+        f"mergekit verify {_FOLDER}": "are these the files that were written?",
+    }
+    width = max(len(line) for line in lines if len(line) < 60)
+    code = fenced("\n".join(f"{line:{width}}  # {comment}" for line, comment in lines.items()), "sh")
     place = "" if plan.device == "cpu" else f", on {plan.device}"
-    beside = " the files of its prompts have to lie beside it." if "prompts_file" in plan.recipe else ""
-    code = fenced("\n".join(commands), "sh")
-    return (
-        f"Made with mergekit {plan.version}, seed {plan.seed}{place}. The recipe above is `{plan.recipe_name}`;"
-        f"{beside} `merge_manifest.json` holds the revision and digests of each input, and a checksum of each "
-        f"tensor.\n\n{code}"
-    )
+    words = [
+        f"Made with mergekit {plan.version}, seed {plan.seed}{place}. The recipe above is `{plan.recipe_name}`; "
+        f"`merge_manifest.json` holds the revision and digests of each input, and a checksum of each tensor."
+    ]
+    if "prompts_file" in plan.recipe:
+        words.append(f"The files of its prompts have to lie beside `{plan.recipe_name}`.")
+    if "--method-file" in command.options:
+        words.append("The file of `--method-file` defines its method, and is not in this folder.")
+    if any(hub_name(source) is None for source in plan.sources if not source.prepared):
+        words.append("Run the commands in the folder where the merge was run: its models are looked for from there.")
+    return f"{' '.join(words)}\n\n{code}"

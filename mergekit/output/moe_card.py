@@ -81,10 +81,17 @@ config, going by their source; what they leave out is noted below.
 """
 
 
-def moe_card(plan: Plan, title: str, routing: str | None, summary: Mapping[str, Any] | None = None) -> str:
+def moe_card(
+    plan: Plan,
+    title: str,
+    routing: str | None,
+    summary: Mapping[str, Any] | None = None,
+    command: parts.Command | None = None,
+) -> str:
     """README.md for the mixture of ``plan``.
 
     ``routing``: the routing report as Markdown, ``summary``: the figures of what was merged; None where there are none.
+    ``command`` is what makes it again, if that is more than the defaults.
     """
     assert plan.mixture is not None
     mixture, cards = plan.mixture, input_cards(plan.sources)
@@ -109,6 +116,6 @@ def moe_card(plan: Plan, title: str, routing: str | None, summary: Mapping[str, 
         remarks=remarks(plan, [*plan.warnings, *plan.notes]),
         routing=routing.rstrip() if routing else None,
         recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
-        again=parts.again(plan),
+        again=parts.again(plan, command or parts.Command("mergekit moe")),
         citations=parts.citations(plan) if is_merged else "",
     )
