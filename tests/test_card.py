@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import yaml
 import mergekit
 from files import write_model
 from mergekit.methods import get_method, method_names
-from mergekit.output.card import local_paths, model_card
+from mergekit.output.card import model_card
 from mergekit.output.card_parts import _bibtex, published
 from mergekit.output.markdown import escape, fenced
 from mergekit.output.moe_card import moe_card
+from mergekit.output.paths import local_paths, without_paths
 from mergekit.planning.input_cards import InputCard, Licence, read_card
 from mergekit.planning.licences import terms
 
@@ -278,3 +280,67 @@ def test_paths_of_this_machine():
         "/home/me/models/a",
         "~/x",
     ]
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("# from /home/jane doe/secret client/models", "# from models"),
+    ("# /home/jane doe/secret client/models on Monday", "# models on Monday"),
+    ("# /home/jane/a and /home/jane doe/b, not org/name", "# a and b, not org/name"),
+    ("file: /home/jane doe/some (old), more/prompts.txt # kept", "file: prompts.txt # kept"),
+    ("- '/home/jane doe/x: y/z'", "- 'z'"),
+    ('{"path": "/home/jane doe/x, y/z", "b": 1}', '{"path": "z", "b": 1}'),
+    ("[/models/a, /mnt/jane doe/b]", "[a, b]"),
+    ("model: /models", "model: models"),
+    ("# in /models/", "# in models"),
+    ("see ~jane/x and ~/y.", "see x and y."),
+    ("file:///home/jane/x", "x"),
+    ("at C:\\Users\\jane doe\\x.", "at x."),
+    ("'C:/Users/jane doe/x'", "'x'"),
+    ("# jane's: /home/jane's files/x", "# jane's: x"),
+    ("org/base+/home/jane/lora", "org/base+lora"),
+    ("path=/home/jane/x", "path=x"),
+    ("# /home/jane/x, half of it, 1/2, from https://hf.co/org/name", "# x, half of it, 1/2, from https://hf.co/org/name"),
+    ("# /home/jane/x of https://hf.co/org/name", "# x of https://hf.co/org/name"),
+    ("/home/jane/r.yml:5:5: no folder 'models/code' here", "r.yml:5:5: no folder 'models/code' here"),
+])  # fmt: skip
+def test_local_paths_are_hidden(text, shown):
+    assert without_paths(text, None) == shown
+    assert local_paths(text)
+    assert not local_paths(shown)
+
+
+@pytest.mark.parametrize("text", [
+    "# 1/2 of it, 3 /4, about ~5 and ~1/2", "model: org/name@main+org/lora", "url: https://user:x@hf.co/a/b?c=/d",
+    "- filter: '^model\\.layers\\.\\d+\\.(mlp|self_attn)/x'", "filter: (^|/)mlp[/.]",
+    "[/INST] <</SYS>> </s> <|/think|>", "a / b, and/or, ./x, ../x/y", "models/code", "s3://bucket/key",
+])  # fmt: skip
+def test_what_is_no_local_path_stays(text):
+    assert without_paths(text, None) == text
+    assert local_paths(text) == []
+
+
+def test_a_path_in_a_comment_is_in_neither_card_nor_report(tmp_path):
+    entries = make(a="")
+    secret = "# /home/jane doe/secret client/models, C:\\Users\\jane doe\\x\n"
+    Path("r.yml").write_text(f"{secret}merge_method: passthrough\nmodels: {entries}\n")
+    mergekit.run_merge("r.yml", "out", report=True)
+    for name in ("README.md", "merge_report.html"):
+        text = Path("out", name).read_text()
+        assert "models, x" in text
+        assert "jane" not in text
+        assert "secret" not in text
+
+
+def test_the_recipe_of_the_card_tells_folders_of_one_name_apart(tmp_path):
+    first, second = make(**{"runs/1/best": "", "runs/2/best": ""})
+    second["model"] = str(tmp_path / second["model"])
+    card = model_card(plan_of([first, second]), "out")
+    found = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.S)[-1])
+    assert [entry["model"] for entry in found["models"]] == ["best", "best (2)"]
+
+
+def test_paths_are_found_in_time():
+    for text in (" /a" * 100_000, "/a b" * 100_000, "'/a " * 50_000, "- /a " * 50_000, "a: /" + " x" * 100_000):
+        started = time.monotonic()
+        local_paths(text)
+        assert time.monotonic() - started < 5

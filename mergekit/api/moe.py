@@ -18,8 +18,8 @@ from mergekit.api.prepare import read_routers, write_merged, write_routers
 from mergekit.api.run import Document, Hooks, check_writable, command_of, run_plan
 from mergekit.api.weights import PlanWeights
 from mergekit.errors import UsageError
-from mergekit.output.card import without_paths
 from mergekit.output.moe_card import moe_card
+from mergekit.output.paths import without_paths
 
 if TYPE_CHECKING:
     from mergekit.downloads import Told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,11 @@ from mergekit.methods import get_method
 from mergekit.output import card_parts as parts
 from mergekit.output.front_matter import front_matter
 from mergekit.output.markdown import escape, fenced
+from mergekit.output.paths import without_paths
 from mergekit.planning.licences import input_cards, licence_notes, licence_warnings
-from mergekit.planning.plan import Plan, Source
+from mergekit.planning.plan import Plan
 
-__all__ = ["in_words", "local_paths", "model_card", "remarks", "render", "without_paths"]
+__all__ = ["in_words", "model_card", "remarks", "render"]
 
 _TEMPLATE = """\
 # {{ title }}
@@ -141,33 +141,3 @@ def render(template: str, **facts: Any) -> str:
 
     environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     return str(environment.from_string(template).render(**facts))
-
-
-def local_paths(text: str) -> list[str]:
-    """The absolute paths in ``text``, in order: what tells strangers about this machine."""
-    found = dict.fromkeys(match[0] for match in _ABSOLUTE.finditer(text))
-    return [path for path in found if path.count("/") > 1 or path.startswith("~")]
-
-
-def without_paths(text: str, plan: Plan | None) -> str:
-    """``text`` with each local path of a source replaced by the model's short name, any other by its last part.
-
-    Without a plan no source is known.
-    """
-    sources = plan.sources if plan else ()
-    names = {source.reference: source.short for source in sources}
-    for source in sources:
-        path, short = _first(source)
-        names.update({path: short, source.folder: short})
-    paths = sorted((p for p in names if len(p) > 1 and p != names[p]), key=len, reverse=True)
-    # Not inside another word or path: a folder may be called "base".
-    found = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, paths))})(?![\w/-])")
-    return _ABSOLUTE.sub(lambda match: match[1], found.sub(lambda match: names[match[1]], text) if paths else text)
-
-
-_ABSOLUTE = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s'\",:;()]+/)*([^\s'\",:;()/]+)")
-
-
-def _first(source: Source) -> tuple[str, str]:
-    """The path of a source, and the short form of that: of a model with an adapter, the model's own."""
-    return source.reference.partition("+")[0], source.short.partition("+")[0]

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit.output import card_parts as parts
-from mergekit.output.card import in_words, remarks, render, without_paths
+from mergekit.output.card import in_words, remarks, render
 from mergekit.output.front_matter import front_matter
 from mergekit.output.markdown import escape, fenced, table
+from mergekit.output.paths import without_paths
 from mergekit.planning.licences import input_cards
 from mergekit.planning.plan import Plan
 
