@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pickle
 import re
 import time
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import yaml
 
 import mergekit
-from files import write_model
+from command import mergekit as command
+from files import write_model, write_recipe
+from mergekit.api.merged import MergedModel
 from mergekit.methods import get_method, method_names
 from mergekit.output.card import model_card
 from mergekit.output.card_parts import _bibtex, published
@@ -146,6 +149,27 @@ def test_results_of_benchmarks_are_passed_over():
     head = f"'license': gpl-3.0\nmodel-index: &a\n{results}again: *a\nlanguage:\n# two\n- en\n- de"
     Path("a/README.md").write_text(f"---\n{head}\n---\n")
     assert read_card(Path("a")) == InputCard(Licence(("gpl-3.0",)), ("en", "de"))
+
+
+@pytest.mark.parametrize("text", [
+    "{license: cc-by-nc-4.0, language: [en]}",
+    "# ours\n{\nlicense: cc-by-nc-4.0,\nlanguage: en}",
+    "  license: cc-by-nc-4.0\n  language: en",
+    "license: |\n  cc-by-nc-4.0\nlanguage: >-\n  en",
+    "? license\n: cc-by-nc-4.0\n? language\n: en",
+], ids=["flow", "lines of flow", "indented", "block", "explicit keys"])  # fmt: skip
+def test_front_matter_in_other_forms_of_yaml(text):
+    make(a=text)
+    assert read_card(Path("a")) == InputCard(Licence(("cc-by-nc-4.0",)), ("en",))
+
+
+def test_cards_are_read_once():
+    entries = make(a="license: mit", b="license: apache-2.0")
+    plan = plan_of(entries)
+    before = model_card(plan, "out")
+    Path("a/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert model_card(pickle.loads(pickle.dumps(plan)), "out") == before
+    assert plan_of(entries).digest() == plan.digest(), "a card decides no byte of the weights"
 
 
 def test_a_card_that_is_no_file():
@@ -344,3 +368,36 @@ def test_paths_are_found_in_time():
         started = time.monotonic()
         local_paths(text)
         assert time.monotonic() - started < 5
+
+
+# Loading it
+
+
+@pytest.mark.parametrize(("settings", "auto", "task"), [
+    ({"architectures": ["GPT2LMHeadModel"]}, "AutoModelForCausalLM", "text-generation"),
+    ({"architectures": ["BertForMaskedLM"]}, "AutoModelForMaskedLM", None),
+    ({"architectures": ["BertModel"]}, "AutoModel", None),
+    ({"architectures": ["LlamaForCausalLM"], "auto_map": {}}, "AutoModelForCausalLM", "text-generation"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "AutoModelForTokenClassification", None),
+])  # fmt: skip
+def test_card_terminal_and_notebook_load_it_alike(settings, auto, task):
+    write_model(Path("a"), settings=settings)
+    Path("a/tokenizer_config.json").write_text("{}")
+    Path("a/helper.py").write_text("")
+    done = command("merge", write_recipe(Path("r.yml"), "merge_method: passthrough\nmodels: [{model: a}]"), "out")
+    card = Path("out/README.md").read_text()
+    trust = ", trust_remote_code=True" if "auto_map" in settings else ""
+    assert f"model = {auto}.from_pretrained(name{trust})\n" in card
+    assert f"tokenizer = AutoTokenizer.from_pretrained(name{trust})\n" in card
+    assert ("model.generate" in card) == (task is not None)
+    assert metadata(card).get("pipeline_tag") == task
+    assert f'load it: {auto}.from_pretrained("out"{trust})   check' in done.err
+    assert f"load it: {auto}.from_pretrained(&#x27;out&#x27;{trust})" in MergedModel("out")._repr_html_()
+
+
+def test_a_tokenizer_with_code_of_its_own():
+    make(a="")
+    Path("a/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.T", null]}}')
+    card = model_card(plan_of([{"model": "a"}]), "out")
+    assert "model = AutoModelForCausalLM.from_pretrained(name)\n" in card
+    assert "AutoTokenizer.from_pretrained(name, trust_remote_code=True)" in card

@@ -9,12 +9,15 @@ from mergekit.dtypes import DType
 
 __all__ = [
     "LAYER_KEYS",
+    "auto_class",
     "has_no_head",
     "ids_beyond",
     "is_encoder_decoder",
     "is_tied",
     "language_section",
     "layer_count",
+    "loading",
+    "needs_code",
     "set_dtype",
     "set_tied",
     "set_vocabulary",
@@ -88,6 +91,20 @@ def auto_class(config: Mapping[str, Any]) -> str:
         (f"AutoModel{head}" for head in heads if name.endswith(head)),
         "AutoModelForSeq2SeqLM" if text_to_text else "AutoModel",
     )
+
+
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """Whether a model can only be loaded by running the Python code that comes with it, or that its config names."""
+    return "auto_map" in config
+
+
+def loading(config: Mapping[str, Any], name: str) -> str:
+    """The call of transformers that loads a model by its config; ``name`` is Python for its folder.
+
+    >>> loading({"architectures": ["GPT2LMHeadModel"]}, '"out"')
+    'AutoModelForCausalLM.from_pretrained("out")'
+    """
+    return f"{auto_class(config)}.from_pretrained({name}{', trust_remote_code=True' if needs_code(config) else ''})"
 
 
 def is_encoder_decoder(config: Mapping[str, Any]) -> bool:

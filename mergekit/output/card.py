@@ -10,7 +10,7 @@ from mergekit.output import card_parts as parts
 from mergekit.output.front_matter import front_matter
 from mergekit.output.markdown import escape, fenced
 from mergekit.output.paths import without_paths
-from mergekit.planning.licences import input_cards, licence_notes, licence_warnings
+from mergekit.planning.licences import licence_notes, licence_warnings
 from mergekit.planning.plan import Plan
 
 __all__ = ["in_words", "model_card", "remarks", "render"]
@@ -75,16 +75,15 @@ def model_card(
     ``summary`` holds the figures of the whole merge, as merge_stats.json has them; None where none were gathered.
     ``command`` is what makes it again, if that is more than the defaults.
     """
-    cards = input_cards(plan.sources)
-    return front_matter(plan, cards, [plan.method]) + render(
+    return front_matter(plan, [plan.method]) + render(
         _TEMPLATE,
         title=escape(title),
         what=_what(plan),
-        models=parts.models(plan, cards),
+        models=parts.models(plan),
         others=parts.others(plan),
         use=parts.use(plan, title),
         statistics=parts.statistics(summary, plan),
-        licences=parts.licences(cards),
+        licences=parts.licences(plan.cards),
         remarks=remarks(plan, plan.warnings),
         recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
         again=parts.again(plan, command or parts.Command()),
@@ -125,8 +124,7 @@ def _origin(plan: Plan) -> str:
 
 def remarks(plan: Plan, texts: Sequence[str]) -> str:
     """Warnings and notes of a plan as a list; what the card says of licences elsewhere is left out."""
-    cards = input_cards(plan.sources)
-    told = {*licence_warnings(cards), *licence_notes(cards)}
+    told = {*licence_warnings(plan.cards), *licence_notes(plan.cards)}
     return "\n".join(f"* {escape(without_paths(text, plan))}" for text in texts if text not in told)
 
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit.families.config import auto_class, loading, needs_code
 from mergekit.methods import get_method
 from mergekit.methods.spec import DELTA_OPTIONS, Method
-from mergekit.output.front_matter import architecture, hub_commit, hub_name
+from mergekit.output.front_matter import hub_commit, hub_name
 from mergekit.output.markdown import escape, fenced, link, table
 from mergekit.planning.document import TOKENIZER_FILES
 from mergekit.planning.expression import Apply
-from mergekit.planning.licences import InputCards, terms
+from mergekit.planning.input_cards import InputCards
+from mergekit.planning.licences import terms
 from mergekit.planning.plan import Plan
 
 __all__ = [
@@ -37,8 +39,6 @@ _PAPER = re.compile(r"(?P<who>.+?) (?P<year>(?:19|20)\d\d), (?P<title>.+)")
 _ARXIV = re.compile(r"https://arxiv\.org/abs/(\d{4}\.\d{4,5})")
 _FOLDER = "path/to/this/folder"
 _NAME_COMMENT = "this folder, or the model's name on the hub"
-_AUTO = {"ForCausalLM": "AutoModelForCausalLM", "ForMaskedLM": "AutoModelForMaskedLM",
-         "ForSequenceClassification": "AutoModelForSequenceClassification"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,12 @@ def model_name(plan: Plan, position: int) -> str:
     return f"{link(own, address)}{plus}{escape(more)}"
 
 
-def models(plan: Plan, cards: InputCards) -> str:
+def models(plan: Plan) -> str:
     """A table of the models: what each is to the merge, its parameters, its licence if any names one."""
     positions = [i for i, source in enumerate(plan.sources) if not (source.prepared or source.adapter)]
     settings = _settings(plan)
     names = list(dict.fromkeys(name for own in settings.values() for name in own))
-    known = dict(cards.cards)
+    known = dict(plan.cards.cards)
     has_licences = any(card.licence for card in known.values())
     rows = []
     for position in positions:
@@ -135,24 +135,25 @@ def _span(values: Sequence[Any]) -> str:
 
 def use(plan: Plan, title: str) -> str:
     """Code that loads the model with transformers, and lets it go on with a text where it is one for that."""
-    kind = architecture(plan)
-    auto = next((auto for end, auto in _AUTO.items() if kind.endswith(end)), "AutoModel")
-    names = [name for _, name in plan.files] + [name for name, _ in plan.texts]
-    has_tokenizer = not TOKENIZER_FILES.isdisjoint(names)
-    trust = ", trust_remote_code=True" if any(name.endswith(".py") for name in names) else ""
+    config = json.loads(plan.config) if plan.config else {}
+    auto, texts = auto_class(config), _tokenizer_texts(plan)
+    trust = ", trust_remote_code=True" if needs_code(config) or '"auto_map":' in texts.get(_SETTINGS, "") else ""
+    has_tokenizer = not TOKENIZER_FILES.isdisjoint([*(name for _, name in plan.files), *dict(plan.texts)])
     lines = [
         f"from transformers import {auto}{', AutoTokenizer' if has_tokenizer else ''}",
         "",
         f"name = {json.dumps(title, ensure_ascii=False)}  # {_NAME_COMMENT}",
-        f"model = {auto}.from_pretrained(name{trust})",
+        f"model = {loading(config, 'name')}",
     ]
     if has_tokenizer:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained(name{trust})")
     if has_tokenizer and auto == "AutoModelForCausalLM":
-        lines += ["", *(_CHAT if _has_template(plan) else _PROMPT), _GENERATE]
+        lines += ["", *(_CHAT if _has_template(texts) else _PROMPT), _GENERATE]
     return fenced("\n".join(lines), "python")
 
 
+_SETTINGS = "tokenizer_config.json"
+_TEMPLATES = (_SETTINGS, "chat_template.jinja", "chat_template.json")
 _CHAT = (
     'messages = [{"role": "user", "content": "Hello!"}]',
     "inputs = tokenizer.apply_chat_template(",
@@ -163,16 +164,18 @@ _PROMPT = ('inputs = tokenizer("Once upon a time", return_tensors="pt", return_t
 _GENERATE = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))"
 
 
-def _has_template(plan: Plan) -> bool:
-    """Whether the tokenizer that comes along has a chat template."""
-    texts = dict(plan.texts)
+def _tokenizer_texts(plan: Plan) -> dict[str, str]:
+    """The settings and templates of the tokenizer that comes along, by the names of their files."""
+    texts = {name: text for name, text in plan.texts if name in _TEMPLATES}
     for source, name in plan.files:
-        if name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json"):
+        if name in _TEMPLATES:
             path = Path(plan.sources[source].folder) / name
             texts.setdefault(name, path.read_text("utf-8", "replace") if path.is_file() else "")
-    return '"chat_template":' in texts.get("tokenizer_config.json", "") or any(
-        "chat_template." in name for name in texts
-    )
+    return texts
+
+
+def _has_template(texts: Mapping[str, str]) -> bool:
+    return '"chat_template":' in texts.get(_SETTINGS, "") or any(name != _SETTINGS for name in texts)
 
 
 def published(card: str, name: str) -> str:

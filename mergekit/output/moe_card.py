@@ -10,7 +10,6 @@ from mergekit.output.card import in_words, remarks, render
 from mergekit.output.front_matter import front_matter
 from mergekit.output.markdown import escape, fenced, table
 from mergekit.output.paths import without_paths
-from mergekit.planning.licences import input_cards
 from mergekit.planning.plan import Plan
 
 __all__ = ["moe_card"]
@@ -95,11 +94,11 @@ def moe_card(
     ``command`` is what makes it again, if that is more than the defaults.
     """
     assert plan.mixture is not None
-    mixture, cards = plan.mixture, input_cards(plan.sources)
+    mixture = plan.mixture
     is_merged = mixture.shared not in ("base", "average")
     rows = [[str(number), parts.model_name(plan, position)] for number, position in enumerate(mixture.experts)]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
-    return front_matter(plan, cards, ["moe", *([mixture.shared] if is_merged else [])]) + render(
+    return front_matter(plan, ["moe", *([mixture.shared] if is_merged else [])]) + render(
         _TEMPLATE,
         title=escape(title),
         experts=len(mixture.experts),
@@ -113,7 +112,7 @@ def moe_card(
         use=parts.use(plan, title),
         has_code=bool(plan.texts),
         statistics=parts.statistics(summary, plan) if is_merged else "",
-        licences=parts.licences(cards),
+        licences=parts.licences(plan.cards),
         remarks=remarks(plan, [*plan.warnings, *plan.notes]),
         routing=routing.rstrip() if routing else None,
         recipe=fenced(without_paths(plan.recipe, plan), "yaml"),

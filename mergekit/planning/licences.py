@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.errors import some_of
-from mergekit.planning.input_cards import InputCard, Licence, read_card
+from mergekit.planning.input_cards import InputCards, Licence, read_card
 from mergekit.planning.plan import Source
 
-__all__ = ["InputCards", "input_cards", "licence_notes", "licence_warnings", "terms"]
+__all__ = ["input_cards", "licence_notes", "licence_warnings", "terms"]
 
 _TERMS: tuple[tuple[str, str], ...] = (
     (r"\bnc\b|non-?commercial", "for non-commercial use"),
@@ -24,31 +23,6 @@ _TERMS: tuple[tuple[str, str], ...] = (
     (r"^gemma|rail\b|^bigscience|^bigcode", "asks to pass on its limits of use"),
 )
 """What licences are known to ask beyond their notice, by their identifiers and names on the hub."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputCards:
-    """The cards of the inputs by short name, in the order of the plan."""
-
-    cards: tuple[tuple[str, InputCard], ...]
-
-    @property
-    def licences(self) -> dict[Licence | None, list[str]]:
-        """Each licence with the names of the models under it; None for those that name none."""
-        found: dict[Licence | None, list[str]] = {}
-        for name, card in self.cards:
-            found.setdefault(card.licence, []).append(name)
-        return found
-
-    @property
-    def differ(self) -> bool:
-        """Whether the inputs name more than one licence, or only some of them name one."""
-        return len(self.licences) > 1
-
-    @property
-    def common(self) -> Licence | None:
-        """The licence that every input names, if they all name the same."""
-        return None if self.differ else next(iter(self.licences), None)
 
 
 def input_cards(sources: Sequence[Source]) -> InputCards:
