@@ -401,3 +401,8 @@ def test_a_tokenizer_with_code_of_its_own():
     card = model_card(plan_of([{"model": "a"}]), "out")
     assert "model = AutoModelForCausalLM.from_pretrained(name)\n" in card
     assert "AutoTokenizer.from_pretrained(name, trust_remote_code=True)" in card
+
+
+def test_code_in_the_summary_of_a_method_is_code_in_markdown():
+    card = model_card(plan_of(make(a=""), "passthrough", parameters={}), "out")
+    assert "unchanged or multiplied by `scale`. It has" in card

@@ -101,7 +101,7 @@ def _what(plan: Plan) -> str:
     base = "" if onto is None else f" onto the base model **{parts.model_name(plan, onto)}**"
     made = f"a merge of {names}{base}" if len(merged) > 1 or base else f"made from {names}"
     title = f"[{escape(method.title)}]({method.url})" if method.url else escape(method.title)
-    summary = escape(method.summary.rstrip("."))
+    summary = "`".join(map(escape, method.summary.rstrip(".").split("``")))  # code in docstrings has two backticks
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
     return (
         f"This model is {made}, with mergekit by {title}: {summary[:1].lower()}{summary[1:]}. It has "
