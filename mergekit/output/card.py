@@ -13,55 +13,7 @@ from mergekit.output.paths import without_paths
 from mergekit.planning.licences import licence_notes, licence_warnings
 from mergekit.planning.plan import Plan
 
-__all__ = ["in_words", "model_card", "remarks", "render"]
-
-_TEMPLATE = """\
-# {{ title }}
-
-{{ what }}
-
-## Models
-
-{{ models }}
-{%- if others %}
-
-For all of them: {{ others }}.
-{%- endif %}
-
-## Use
-
-{{ use }}
-{%- if statistics %}
-
-## What the merge did
-
-{{ statistics }}
-{%- endif %}
-{%- if licences %}
-
-## Licences
-
-{{ licences }}
-{%- endif %}
-{%- if remarks %}
-
-## Noted while planning
-
-{{ remarks }}
-{%- endif %}
-
-## Recipe
-
-{{ recipe }}
-
-{{ again }}
-{%- if citations %}
-
-## Citation
-
-{{ citations }}
-{%- endif %}
-"""
+__all__ = ["compose", "in_words", "model_card"]
 
 
 def model_card(
@@ -75,20 +27,40 @@ def model_card(
     ``summary`` holds the figures of the whole merge, as merge_stats.json has them; None where none were gathered.
     ``command`` is what makes it again, if that is more than the defaults.
     """
-    return front_matter(plan, [plan.method]) + render(
-        _TEMPLATE,
-        title=escape(title),
-        what=_what(plan),
-        models=parts.models(plan),
-        others=parts.others(plan),
-        use=parts.use(plan, title),
-        statistics=parts.statistics(summary, plan),
-        licences=parts.licences(plan.cards),
-        remarks=remarks(plan, plan.warnings),
-        recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
-        again=parts.again(plan, command or parts.Command()),
-        citations=parts.citations(plan),
-    )
+    more = parts.others(plan)
+    own = {
+        "Models": parts.models(plan) + (f"\n\nFor all of them: {more}." if more else ""),
+        "Use": parts.use(plan, title),
+        "What the merge did": parts.statistics(summary, plan),
+    }
+    return compose(plan, [plan.method], title, _what(plan), own, remarks=plan.warnings, command=command)
+
+
+def compose(
+    plan: Plan,
+    tags: Sequence[str],
+    title: str,
+    what: str,
+    own: Mapping[str, str],
+    *,
+    remarks: Sequence[str],
+    command: parts.Command | None,
+    has_citations: bool = True,
+) -> str:
+    """A card: metadata with ``tags``, ``what`` under the title, its ``own`` sections, and those of every card.
+
+    Sections without text are left out, and of ``remarks`` what is said of licences elsewhere.
+    """
+    told = {*licence_warnings(plan.cards), *licence_notes(plan.cards)}
+    sections = {
+        **own,
+        "Licences": parts.licences(plan.cards),
+        "Noted while planning": "\n".join(f"* {escape(without_paths(r, plan))}" for r in remarks if r not in told),
+        "Recipe": f"{fenced(without_paths(plan.recipe, plan), 'yaml')}\n\n{parts.again(plan, command)}",
+        "Citation": parts.citations(plan) if has_citations else "",
+    }
+    texts = [f"# {escape(title)}", what, *(f"## {head}\n\n{text}" for head, text in sections.items() if text)]
+    return front_matter(plan, tags) + "\n\n".join(texts) + "\n"
 
 
 def _what(plan: Plan) -> str:
@@ -122,20 +94,6 @@ def _origin(plan: Plan) -> str:
     return f"is that of {donor}, its tokenizer that of {parts.model_name(plan, owners[0])}"
 
 
-def remarks(plan: Plan, texts: Sequence[str]) -> str:
-    """Warnings and notes of a plan as a list; what the card says of licences elsewhere is left out."""
-    told = {*licence_warnings(plan.cards), *licence_notes(plan.cards)}
-    return "\n".join(f"* {escape(without_paths(text, plan))}" for text in texts if text not in told)
-
-
 def in_words(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def render(template: str, **facts: Any) -> str:
-    """A jinja2 template with every name that it uses given."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    return str(environment.from_string(template).render(**facts))

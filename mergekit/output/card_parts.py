@@ -48,7 +48,7 @@ class Command:
     ``code`` are those of them by which code is run, so that ``mergekit reproduce`` needs them, too.
     """
 
-    program: str = "mergekit merge"
+    program: str
     options: Sequence[str] = ()
     code: Sequence[str] = ()
 
@@ -286,8 +286,9 @@ def _bibtex(method: Method) -> str:
     return f"@misc{{{key},\n  " + ",\n  ".join(lines) + "\n}"
 
 
-def again(plan: Plan, command: Command) -> str:
+def again(plan: Plan, command: Command | None) -> str:
     """What this was made with, and the commands that make it again or check it."""
+    command = command or Command("mergekit merge" if plan.mixture is None else "mergekit moe")
     lines = {
         " ".join([command.program, f"{_FOLDER}/{plan.recipe_name}", "again", *command.options]): "the same merge",
         " ".join(["mergekit reproduce", _FOLDER, *command.code]): "merge in memory, compare tensor by tensor",
