@@ -85,12 +85,12 @@ def auto_class(config: Mapping[str, Any]) -> str:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if name.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
+    if name.endswith("ForConditionalGeneration"):
+        kinds = {"ImageTextToText": "vision_config" in config, "SpeechSeq2Seq": "num_mel_bins" in config,
+                 "Seq2SeqLM": is_encoder_decoder(config)}  # fmt: skip
+        return next((f"AutoModelFor{kind}" for kind, fits in kinds.items() if fits), "AutoModel")
     heads = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForImageTextToText")
-    text_to_text = is_encoder_decoder(config) and name.endswith("ForConditionalGeneration")
-    return next(
-        (f"AutoModel{head}" for head in heads if name.endswith(head)),
-        "AutoModelForSeq2SeqLM" if text_to_text else "AutoModel",
-    )
+    return next((f"AutoModel{head}" for head in heads if name.endswith(head)), "AutoModel")
 
 
 def needs_code(config: Mapping[str, Any]) -> bool:
