@@ -163,6 +163,13 @@ def test_front_matter_in_other_forms_of_yaml(text):
     assert read_card(Path("a")) == InputCard(Licence(("cc-by-nc-4.0",)), ("en",))
 
 
+@pytest.mark.parametrize("licence", ["'MIT License (see the file)'", "{mit: 1}", "[3]", "|\n  Copyright\n  ours"])
+def test_a_licence_of_no_known_form_is_told(licence):
+    entries = make(a=f"license: {licence}\ntags: [x]", b="license: none", c="license:")
+    notes = [text for text in plan_of(entries).notes if "licence" in text]
+    assert notes == ["a: the licence in its README.md is none of the hub's names, so it is left out; read it there"]
+
+
 def test_cards_are_read_once():
     entries = make(a="license: mit", b="license: apache-2.0")
     plan = plan_of(entries)

@@ -10,7 +10,7 @@ from mergekit.output import card_parts as parts
 from mergekit.output.front_matter import front_matter
 from mergekit.output.markdown import escape, fenced
 from mergekit.output.paths import without_paths
-from mergekit.planning.licences import licence_notes, licence_warnings
+from mergekit.planning.licences import told_by_card
 from mergekit.planning.plan import Plan
 
 __all__ = ["compose", "in_words", "model_card"]
@@ -51,7 +51,7 @@ def compose(
 
     Sections without text are left out, and of ``remarks`` what is said of licences elsewhere.
     """
-    told = {*licence_warnings(plan.cards), *licence_notes(plan.cards)}
+    told = told_by_card(plan.cards)
     sections = {
         **own,
         "Licences": parts.licences(plan.cards),

@@ -23,6 +23,7 @@ _FLOW = re.compile(r"(?:[ \t]*(?:#.*)?\n)*[ \t]*\{")
 _WANTED = frozenset(["license", "license_name", "license_link", "language", "tags", "pipeline_tag"])
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,()+/_-]{0,95}")
+_NO_LICENCE = ("unknown", "none")
 _LINK = re.compile(r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[A-Za-z0-9._~%+=?&#/-]*)?")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}")
@@ -50,13 +51,17 @@ class Licence:
 
 @dataclass(frozen=True, slots=True)
 class InputCard:
-    """The facts of a card that what is made from the model inherits. ``is_readable`` is False for a broken one."""
+    """The facts of a card that what is made from the model inherits. ``is_readable`` is False for a broken one.
+
+    ``has_other_licence``: what it says of a licence has no known form, and is left out.
+    """
 
     licence: Licence | None = None
     languages: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     task: str | None = None
     is_readable: bool = True
+    has_other_licence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ def read_card(folder: Path) -> InputCard:
         return InputCard(is_readable=False)
     return InputCard(
         licence=_licence(entries),
+        has_other_licence=_is_other(entries.get("license")),
         languages=_texts(entries.get("language"), _LANGUAGE),
         tags=tuple(tag for tag in _texts(entries.get("tags"), _TAG) if tag.lower() not in _OF_THE_FILES),
         task=next(iter(_texts(entries.get("pipeline_tag"), _TASK)), None),
@@ -123,12 +129,19 @@ def _wanted(text: str) -> str:
 
 
 def _licence(entries: dict[str, Any]) -> Licence | None:
-    identifiers = tuple(i for i in _texts(entries.get("license"), _IDENTIFIER) if i.lower() not in ("unknown", "none"))
+    identifiers = tuple(i for i in _texts(entries.get("license"), _IDENTIFIER) if i.lower() not in _NO_LICENCE)
     name, link = (
         next(iter(_texts(entries.get(key), form)), None)
         for key, form in (("license_name", _NAME), ("license_link", _LINK))
     )
     return Licence(tuple(map(str.lower, identifiers)), name, link) if identifiers else None
+
+
+def _is_other(value: Any) -> bool:
+    """Whether something stands for a licence that is none of the hub's identifiers."""
+    items = value if isinstance(value, list) else [value]
+    texts = ["" if item is None else item.strip() if isinstance(item, str) else "?" for item in items]
+    return any(text and not _IDENTIFIER.fullmatch(text) for text in texts)
 
 
 def _texts(value: Any, form: re.Pattern[str]) -> tuple[str, ...]:
