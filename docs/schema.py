@@ -15,6 +15,7 @@ from mergekit.moe.schema import GATE_MODES, MoeConfiguration
 from mergekit.moe.targets import MIXTRAL, PHI3MOE
 from mergekit.recipe import EMBEDDING_OPTIONS
 from mergekit.recipe.schema import MergeConfiguration, setting_schema
+from mergekit.vocab.templates import BUILT_IN, JINJA
 
 __all__ = ["merge_schema", "moe_schema", "reference_page"]
 
@@ -39,6 +40,8 @@ def _merge() -> Json:
     schema["oneOf"] = [
         {"required": [form], "properties": {form: {"not": {"type": "null"}, **least}}} for form, least in one.items()
     ]
+    named = {"enum": ["auto", *BUILT_IN]}
+    schema["properties"]["chat_template"] |= {"anyOf": [named, {"type": "string", "pattern": JINJA}, {"type": "null"}]}
     keys = ("tokenizer", "tokenizer_source")
     schema["not"] = {"required": [*keys], "properties": {key: {"not": {"type": "null"}} for key in keys}}
     schema["allOf"] = [_when(m, {**_everywhere(m), **_base(m)}) for m in _METHODS]

@@ -6,6 +6,7 @@ The names are those of arcee mergekit. Options that it needs and we don't are ac
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
@@ -16,14 +17,15 @@ from mergekit.errors import UsageError
 if TYPE_CHECKING:
     from mergekit.api import RunOptions
 
-__all__ = ["OPTIONS", "MergeOptions", "Option", "add_merge_options", "parse_kmb"]
+__all__ = ["OPTIONS", "MergeOptions", "Option", "add_merge_options", "parse_kmb", "shaping_options"]
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option: ``field`` of MergeOptions, ``flags`` for click, its default and help.
 
-    ``unused`` says why it changes nothing here, for options that are accepted for the sake of old commands.
+    ``unused`` says why it changes nothing here, for options that are accepted for the sake of old commands. ``shapes``
+    is the field of RunOptions by which it changes what is written, if it does.
     """
 
     field: str
@@ -33,6 +35,7 @@ class Option:
     section: str
     kind: Any = None
     unused: str | None = None
+    shapes: str | None = None
 
 
 def parse_kmb(text: str | int) -> int:
@@ -48,9 +51,11 @@ def parse_kmb(text: str | int) -> int:
     return int(float(match[1]) * factor)
 
 
-def _flag(field: str, default: bool, help: str, section: str, *, unused: str | None = None) -> Option:
+def _flag(
+    field: str, default: bool, help: str, section: str, *, unused: str | None = None, shapes: str | None = None
+) -> Option:
     name = field.replace("_", "-")
-    return Option(field, (f"--{name}/--no-{name}",), default, help, section, bool, unused)
+    return Option(field, (f"--{name}/--no-{name}",), default, help, section, bool, unused, shapes)
 
 
 _STREAMS = "tensors are always read lazily, block by block"
@@ -60,13 +65,26 @@ OPTIONS: tuple[Option, ...] = (
         True,
         "Copy the tokenizer of the base (or first) model.",
         "Output",
+        shapes="copy_tokenizer",
     ),
     Option(
-        "out_shard_size", ("--out-shard-size",), "5B", "Most bytes of a shard: 500m, 5B (0: one file).", "Output", str
+        "out_shard_size",
+        ("--out-shard-size",),
+        "5B",
+        "Most bytes of a shard: 500m, 5B (0: one file).",
+        "Output",
+        str,
+        shapes="shard_size",
     ),
     _flag("write_model_card", True, "Write README.md, a copy of the recipe, and merge_manifest.json.", "Output"),
-    _flag("stats", True, "Write merge_stats.json: figures about each merged tensor.", "Output"),
-    _flag("report", False, "Write merge_report.html: recipe, parameters and figures to look at.", "Output"),
+    _flag("stats", True, "Write merge_stats.json: figures about each merged tensor.", "Output", shapes="statistics"),
+    _flag(
+        "report",
+        False,
+        "Write merge_report.html: recipe, parameters and figures to look at.",
+        "Output",
+        shapes="report",
+    ),
     _flag(
         "safe_serialization",
         True,
@@ -88,7 +106,13 @@ OPTIONS: tuple[Option, ...] = (
         str,
     ),
     Option(
-        "device", ("--device",), None, "Device for the arithmetic: cpu, cuda, cuda:1, mps, auto.", "Performance", str
+        "device",
+        ("--device",),
+        None,
+        "Device for the arithmetic: cpu, cuda, cuda:1, mps, auto.",
+        "Performance",
+        str,
+        shapes="device",
     ),
     _flag("cuda", False, "Compute on the first CUDA device.", "Performance"),
     _flag("gpu_rich", False, "The same as --cuda.", "Performance"),
@@ -145,7 +169,13 @@ OPTIONS: tuple[Option, ...] = (
         "adapters are computed in float32",
     ),
     Option(
-        "random_seed", ("--random-seed",), None, "Seed of random methods (else the recipe's, else 0).", "Result", int
+        "random_seed",
+        ("--random-seed",),
+        None,
+        "Seed of random methods (else the recipe's, else 0).",
+        "Result",
+        int,
+        shapes="seed",
     ),
     Option(
         "method_file",
@@ -154,14 +184,48 @@ OPTIONS: tuple[Option, ...] = (
         "Python file that defines merge methods; it is run. May be repeated.",
         "Result",
         Path,
+        shapes="method_files",
     ),
-    _flag("allow_nonfinite", False, "Go on when a computed tensor holds NaN or infinity.", "Dangerous"),
-    _flag("allow_crimes", False, "Merge models of different architectures.", "Dangerous"),
-    _flag("unsafe_truncate_embeddings", False, "Cut embeddings of different sizes to the smallest.", "Dangerous"),
+    _flag(
+        "allow_nonfinite",
+        False,
+        "Go on when a computed tensor holds NaN or infinity.",
+        "Dangerous",
+        shapes="allow_nonfinite",
+    ),
+    _flag("allow_crimes", False, "Merge models of different architectures.", "Dangerous", shapes="allow_crimes"),
+    _flag(
+        "unsafe_truncate_embeddings",
+        False,
+        "Cut embeddings of different sizes to the smallest.",
+        "Dangerous",
+        shapes="unsafe_truncate_embeddings",
+    ),
     _flag("trust_remote_code", False, "Run a tokenizer's own code (only mixtures use one).", "Dangerous"),
     Option("verbosity", ("-v", "--verbose"), 0, "Print the plan before the merge starts.", "Messages", "count"),
     _flag("quiet", False, "No progress and no notes; warnings and errors only.", "Messages"),
 )
+
+
+def shaping_options(options: RunOptions) -> list[str]:
+    """What to type for the options that change what is written, where they are not the defaults.
+
+    A method's file by an absolute path goes by its name: the words are for other people's eyes.
+    """
+    from mergekit.api import RunOptions
+
+    defaults, words = RunOptions(), list[str]()
+    for option in OPTIONS:
+        value = getattr(options, option.shapes) if option.shapes else None
+        if option.shapes is None or value == getattr(defaults, option.shapes):
+            continue
+        on, _, off = option.flags[-1].partition("/")
+        if option.kind is bool:
+            words.append(on if value else off)
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [on, shlex.quote(one.name if isinstance(one, Path) and one.is_absolute() else str(one))]
+    return words
 
 
 class _MergeOptionsBase:

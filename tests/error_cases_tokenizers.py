@@ -345,7 +345,7 @@ TEMPLATES = [
             "recipe.yml:7:1: 'chatmll' is no chat template: give 'auto', one of alpaca, chatml, exaone, "
             "llama3, mistral, or a jinja text"
         ),
-        meaning="Jinja texts are recognised by their braces.",
+        meaning="Jinja texts are recognised by `{{` or `{%`.",
     ),
     Case(
         title="A chat template can't be used",

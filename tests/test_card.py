@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import pickle
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ import pytest
 import yaml
 
 import mergekit
-from files import write_model
+from command import mergekit as command
+from files import write_model, write_recipe
+from mergekit.api.merged import MergedModel
 from mergekit.methods import get_method, method_names
-from mergekit.output.card import local_paths, model_card
+from mergekit.output.card import model_card
 from mergekit.output.card_parts import _bibtex, published
 from mergekit.output.markdown import escape, fenced
 from mergekit.output.moe_card import moe_card
+from mergekit.output.paths import local_paths, without_paths
 from mergekit.planning.input_cards import InputCard, Licence, read_card
 from mergekit.planning.licences import terms
 
@@ -144,6 +149,34 @@ def test_results_of_benchmarks_are_passed_over():
     head = f"'license': gpl-3.0\nmodel-index: &a\n{results}again: *a\nlanguage:\n# two\n- en\n- de"
     Path("a/README.md").write_text(f"---\n{head}\n---\n")
     assert read_card(Path("a")) == InputCard(Licence(("gpl-3.0",)), ("en", "de"))
+
+
+@pytest.mark.parametrize("text", [
+    "{license: cc-by-nc-4.0, language: [en]}",
+    "# ours\n{\nlicense: cc-by-nc-4.0,\nlanguage: en}",
+    "  license: cc-by-nc-4.0\n  language: en",
+    "license: |\n  cc-by-nc-4.0\nlanguage: >-\n  en",
+    "? license\n: cc-by-nc-4.0\n? language\n: en",
+], ids=["flow", "lines of flow", "indented", "block", "explicit keys"])  # fmt: skip
+def test_front_matter_in_other_forms_of_yaml(text):
+    make(a=text)
+    assert read_card(Path("a")) == InputCard(Licence(("cc-by-nc-4.0",)), ("en",))
+
+
+@pytest.mark.parametrize("licence", ["'MIT License (see the file)'", "{mit: 1}", "[3]", "|\n  Copyright\n  ours"])
+def test_a_licence_of_no_known_form_is_told(licence):
+    entries = make(a=f"license: {licence}\ntags: [x]", b="license: none", c="license:")
+    notes = [text for text in plan_of(entries).notes if "licence" in text]
+    assert notes == ["a: the licence in its README.md is none of the hub's names, so it is left out; read it there"]
+
+
+def test_cards_are_read_once():
+    entries = make(a="license: mit", b="license: apache-2.0")
+    plan = plan_of(entries)
+    before = model_card(plan, "out")
+    Path("a/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert model_card(pickle.loads(pickle.dumps(plan)), "out") == before
+    assert plan_of(entries).digest() == plan.digest(), "a card decides no byte of the weights"
 
 
 def test_a_card_that_is_no_file():
@@ -278,3 +311,105 @@ def test_paths_of_this_machine():
         "/home/me/models/a",
         "~/x",
     ]
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("# from /home/jane doe/secret client/models", "# from models"),
+    ("# /home/jane doe/secret client/models on Monday", "# models on Monday"),
+    ("# /home/jane/a and /home/jane doe/b, not org/name", "# a and b, not org/name"),
+    ("file: /home/jane doe/some (old), more/prompts.txt # kept", "file: prompts.txt # kept"),
+    ("- '/home/jane doe/x: y/z'", "- 'z'"),
+    ('{"path": "/home/jane doe/x, y/z", "b": 1}', '{"path": "z", "b": 1}'),
+    ("[/models/a, /mnt/jane doe/b]", "[a, b]"),
+    ("model: /models", "model: models"),
+    ("# in /models/", "# in models"),
+    ("see ~jane/x and ~/y.", "see x and y."),
+    ("file:///home/jane/x", "x"),
+    ("at C:\\Users\\jane doe\\x.", "at x."),
+    ("'C:/Users/jane doe/x'", "'x'"),
+    ("# jane's: /home/jane's files/x", "# jane's: x"),
+    ("org/base+/home/jane/lora", "org/base+lora"),
+    ("path=/home/jane/x", "path=x"),
+    ("# /home/jane/x, half of it, 1/2, from https://hf.co/org/name", "# x, half of it, 1/2, from https://hf.co/org/name"),
+    ("# /home/jane/x of https://hf.co/org/name", "# x of https://hf.co/org/name"),
+    ("/home/jane/r.yml:5:5: no folder 'models/code' here", "r.yml:5:5: no folder 'models/code' here"),
+])  # fmt: skip
+def test_local_paths_are_hidden(text, shown):
+    assert without_paths(text, None) == shown
+    assert local_paths(text)
+    assert not local_paths(shown)
+
+
+@pytest.mark.parametrize("text", [
+    "# 1/2 of it, 3 /4, about ~5 and ~1/2", "model: org/name@main+org/lora", "url: https://user:x@hf.co/a/b?c=/d",
+    "- filter: '^model\\.layers\\.\\d+\\.(mlp|self_attn)/x'", "filter: (^|/)mlp[/.]",
+    "[/INST] <</SYS>> </s> <|/think|>", "a / b, and/or, ./x, ../x/y", "models/code", "s3://bucket/key",
+])  # fmt: skip
+def test_what_is_no_local_path_stays(text):
+    assert without_paths(text, None) == text
+    assert local_paths(text) == []
+
+
+def test_a_path_in_a_comment_is_in_neither_card_nor_report(tmp_path):
+    entries = make(a="")
+    secret = "# /home/jane doe/secret client/models, C:\\Users\\jane doe\\x\n"
+    Path("r.yml").write_text(f"{secret}merge_method: passthrough\nmodels: {entries}\n")
+    mergekit.run_merge("r.yml", "out", report=True)
+    for name in ("README.md", "merge_report.html"):
+        text = Path("out", name).read_text()
+        assert "models, x" in text
+        assert "jane" not in text
+        assert "secret" not in text
+
+
+def test_the_recipe_of_the_card_tells_folders_of_one_name_apart(tmp_path):
+    first, second = make(**{"runs/1/best": "", "runs/2/best": ""})
+    second["model"] = str(tmp_path / second["model"])
+    card = model_card(plan_of([first, second]), "out")
+    found = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.S)[-1])
+    assert [entry["model"] for entry in found["models"]] == ["best", "best (2)"]
+
+
+def test_paths_are_found_in_time():
+    for text in (" /a" * 100_000, "/a b" * 100_000, "'/a " * 50_000, "- /a " * 50_000, "a: /" + " x" * 100_000):
+        started = time.monotonic()
+        local_paths(text)
+        assert time.monotonic() - started < 5
+
+
+# Loading it
+
+
+@pytest.mark.parametrize(("settings", "auto", "task"), [
+    ({"architectures": ["GPT2LMHeadModel"]}, "AutoModelForCausalLM", "text-generation"),
+    ({"architectures": ["BertForMaskedLM"]}, "AutoModelForMaskedLM", None),
+    ({"architectures": ["BertModel"]}, "AutoModel", None),
+    ({"architectures": ["LlamaForCausalLM"], "auto_map": {}}, "AutoModelForCausalLM", "text-generation"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "AutoModelForTokenClassification", None),
+])  # fmt: skip
+def test_card_terminal_and_notebook_load_it_alike(settings, auto, task):
+    write_model(Path("a"), settings=settings)
+    Path("a/tokenizer_config.json").write_text("{}")
+    Path("a/helper.py").write_text("")
+    done = command("merge", write_recipe(Path("r.yml"), "merge_method: passthrough\nmodels: [{model: a}]"), "out")
+    card = Path("out/README.md").read_text()
+    trust = ", trust_remote_code=True" if "auto_map" in settings else ""
+    assert f"model = {auto}.from_pretrained(name{trust})\n" in card
+    assert f"tokenizer = AutoTokenizer.from_pretrained(name{trust})\n" in card
+    assert ("model.generate" in card) == (task is not None)
+    assert metadata(card).get("pipeline_tag") == task
+    assert f'load it: {auto}.from_pretrained("out"{trust})   check' in done.err
+    assert f"load it: {auto}.from_pretrained(&#x27;out&#x27;{trust})" in MergedModel("out")._repr_html_()
+
+
+def test_a_tokenizer_with_code_of_its_own():
+    make(a="")
+    Path("a/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.T", null]}}')
+    card = model_card(plan_of([{"model": "a"}]), "out")
+    assert "model = AutoModelForCausalLM.from_pretrained(name)\n" in card
+    assert "AutoTokenizer.from_pretrained(name, trust_remote_code=True)" in card
+
+
+def test_code_in_the_summary_of_a_method_is_code_in_markdown():
+    card = model_card(plan_of(make(a=""), "passthrough", parameters={}), "out")
+    assert "unchanged or multiplied by `scale`. It has" in card

@@ -107,7 +107,8 @@ def test_what_recipes_ask_for(models, more):
         json.loads(Path("out/tokenizer_config.json").read_text())["chat_template"].strip() == built_in("chatml").strip()
     )
     assert merged("auto", **more) == "{{ 'b' }}{{ messages }}", "what most models have"
-    assert merged("{{ bos_token }}{{ messages[0].content }}", **more) == "{{ bos_token }}{{ messages[0].content }}"
+    for text in ("{{ bos_token }}{{ messages[0].content }}", "{{ x }}", "{%if 1%}a{%endif%}"):
+        assert merged(text, **more) == text
 
 
 def test_tokens_that_a_template_needs_and_the_vocabulary_lacks(models):
@@ -119,7 +120,8 @@ def test_tokens_that_a_template_needs_and_the_vocabulary_lacks(models):
 
 
 @pytest.mark.parametrize(
-    "template", ["chatlm", "no template at all, but long enough", "{{ messages", FAULTY["syntax"][0]]
+    "template",
+    ["chatlm", "no template at all, but long enough", "{ no template, either }", "{{ messages", FAULTY["syntax"][0]],
 )
 def test_what_recipes_may_not_say(models, template):
     record = {"merge_method": "linear", "models": [{"model": m} for m in "abc"], "parameters": {"weight": 1}}

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from mergekit.families.config import layer_count
+from mergekit.families.config import auto_class, layer_count
 from mergekit.families.layout import infer_layout, is_head
 from mergekit.methods import method_names
 from mergekit.planning.models import Model
@@ -129,3 +129,10 @@ def weight_of(ask: Callable[[], Any]) -> Any:
         return getattr(ask(), "weight", None)
     except (NotImplementedError, AttributeError):
         return None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_class_that_loads_a_family_is_told(family):
+    made = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(made.model_type, **made.sizes).to_dict()
+    assert auto_class({**config, "architectures": [made.model_class]}) == made.auto_class

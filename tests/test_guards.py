@@ -28,7 +28,8 @@ RANKS = {
 
 ROOMS = {
     **dict.fromkeys(["errors", "dtypes", "html", "seeds", "refs", "version"], "foundation"),
-    **dict.fromkeys(["config", "merge", "options", "common", "merge_methods"], "compatibility"),
+    **dict.fromkeys(["config", "merge", "common", "merge_methods"], "compatibility"),
+    "options": "api",
     "scripts": "cli",
     "downloads": "hub",
     "uploads": "hub",

@@ -257,6 +257,15 @@ def test_a_parameter_that_only_some_tensors_get_is_missing_for_the_others():
         mergekit.plan(linear(weight={"filter": "mlp", "value": 1}))
 
 
+@pytest.mark.parametrize(("given", "words"), [
+    ([], "an empty list"), ({"value": []}, "an empty list"), ([{"value": [], "filter": "embed"}], "an empty list"),
+    ({"filter": "mlp", "value": 1}, "has filters that leave it out"),
+])  # fmt: skip
+def test_a_setting_that_gives_no_value_is_not_called_missing(given, words):
+    with pytest.raises(mergekit.MergekitError, match=f"embed_tokens.weight.; what is given .*{words}$"):
+        mergekit.plan(linear(weight=given))
+
+
 # What is not read is said
 
 

@@ -363,7 +363,7 @@ def test_dumb_terminals_get_lines(recipe, monkeypatch):
 
 
 def test_the_last_word_is_how_to_load_it():
-    from mergekit.cli.run import loading
+    from mergekit.families.config import loading
 
     for names, config, call in (
         (["Phi3ForCausalLM"], {}, 'AutoModelForCausalLM.from_pretrained("out")'),
@@ -372,7 +372,7 @@ def test_the_last_word_is_how_to_load_it():
         (["X"], {"auto_map": {}}, 'AutoModel.from_pretrained("out", trust_remote_code=True)'),
         (None, {}, 'AutoModel.from_pretrained("out")'),
     ):
-        assert loading({"architectures": names, **config}, "out") == call
+        assert loading({"architectures": names, **config}, '"out"') == call
 
 
 def test_only_what_continues_says_so(recipe, monkeypatch):

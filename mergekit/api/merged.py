@@ -24,15 +24,18 @@ class MergedModel(type(Path())):  # type: ignore[misc]  # Path itself can't be s
 
     def _repr_html_(self) -> str:
         """A table of the inputs and the files, and what the statistics say of the change."""
+        from mergekit.checkpoint import read_json
+        from mergekit.families.config import loading
         from mergekit.output.manifest import read_manifest
         from mergekit.output.stats import read_summary
 
         try:
             manifest = read_manifest(self)
             summary = read_summary(self)
+            config = read_json(self / "config.json") if (self / "config.json").is_file() else None
         except MergekitError as error:
             return html_table(str(self), ["file", "bytes"], _files(self), [str(error)], numbers=1)
-        notes = [f"load it: AutoModelForCausalLM.from_pretrained({str(self)!r})"]
+        notes = [] if config is None else [f"load it: {loading(config, repr(str(self)))}"]
         if manifest is not None:
             notes.insert(0, f"made of {', '.join(str(entry.get('model')) for entry in manifest.inputs)}")
         notes += [text.format(summary[k]) for k, text in _FIGURES.items() if isinstance(summary.get(k), float)]

@@ -15,18 +15,19 @@ from mergekit.api.merge import load_methods, log_compile, plan_options
 from mergekit.api.merged import MergedModel
 from mergekit.api.options import RunOptions
 from mergekit.api.prepare import read_routers, write_merged, write_routers
-from mergekit.api.run import Document, Hooks, check_writable, run_plan
+from mergekit.api.run import Document, Hooks, check_writable, command_of, run_plan
 from mergekit.api.weights import PlanWeights
 from mergekit.errors import UsageError
-from mergekit.output.card import without_paths
 from mergekit.output.moe_card import moe_card
 from mergekit.output.names import ROUTING
+from mergekit.output.paths import without_paths
 
 if TYPE_CHECKING:
     from mergekit.downloads import Told
     from mergekit.moe.build import MoePlan
     from mergekit.moe.report import RoutingReport
     from mergekit.moe.schema import MoeConfiguration
+    from mergekit.output.card_parts import Command
 
 __all__ = ["MoeOptions", "Outcome", "plan_moe", "prepare_moe", "run_moe", "run_moe_plan"]
 
@@ -172,7 +173,7 @@ def run_moe_plan(
 
     def card(title: str, summary: Mapping[str, Any] | None) -> str:
         routing = without_paths(reports[0].markdown(), made.plan) if reports else None
-        return moe_card(made.plan, title, routing, summary)
+        return moe_card(made.plan, title, routing, summary, _command(made, options, choices))
 
     remarks += run_plan(made.plan, folder, options, replace(hooks, prepare=prepare, measure=measure, card=card))
     if verify:
@@ -185,6 +186,14 @@ def run_moe_plan(
             tokenizer = None
         lines += [f"verified: {line}" for line in check_reload(made, folder, tokenizer)]
     return Outcome(remarks, lines)
+
+
+def _command(made: MoePlan, options: RunOptions, choices: MoeOptions) -> Command:
+    """What to type for this mixture, but for its paths."""
+    is_script = choices.architecture != MoeOptions().architecture and made.recipe.config.architecture is None
+    program = "python -m mergekit.scripts.phi3_moe" if is_script else "mergekit moe"
+    same = ["--i-understand-this-is-not-useful-without-training"] if choices.allow_all_same else []
+    return command_of(options, program, same, trusted=choices.trust_remote_code)
 
 
 def prepare_moe(made: MoePlan, staging: Path, options: RunOptions, choices: MoeOptions, hooks: Hooks) -> list[str]:

@@ -37,8 +37,8 @@ def find_upload(folder: Path, repo_id: str) -> Upload:
     Of a model that mergekit wrote, those are the files of its manifest; of others, what a merge would take over.
     """
     from mergekit.checkpoint import open_checkpoint
-    from mergekit.output.card import local_paths
     from mergekit.output.manifest import read_manifest
+    from mergekit.output.paths import local_paths
     from mergekit.output.staging import STAGING
 
     checkpoint = open_checkpoint(folder)

@@ -62,7 +62,7 @@ def _plan(folder: Path, manifest: Manifest | None, options: RunOptions) -> tuple
     except MergekitError as error:
         plan, faults = None, [str(error)]
     if faults:
-        from mergekit.output.card import without_paths
+        from mergekit.output.paths import without_paths
 
         return None, [
             f"The recipe could not be planned again, so parameters and the origins of layers are not known: "

@@ -16,12 +16,14 @@ from mergekit.api.options import RunOptions
 from mergekit.errors import DiskSpaceError, InputChangedError, UsageError
 
 if TYPE_CHECKING:
+    from mergekit.output.card_parts import Command
     from mergekit.planning.plan import Plan
 
 __all__ = [
     "Document",
     "Hooks",
     "check_writable",
+    "command_of",
     "kernels_for",
     "ready_kernels",
     "run_plan",
@@ -182,8 +184,22 @@ def _documents(
     names = _document_names(plan, options)
     if "README.md" in names:
         summary = json.loads(statistics)["summary"] if isinstance(statistics, str) else None
-        contents["README.md"] = hooks.card(title, summary) if hooks.card else model_card(plan, title, summary)
+        contents["README.md"] = (
+            hooks.card(title, summary) if hooks.card else model_card(plan, title, summary, command_of(options))
+        )
     return [(name, contents[name]) for name in names]
+
+
+def command_of(
+    options: RunOptions, program: str = "mergekit merge", more: Sequence[str] = (), *, trusted: bool = False
+) -> Command:
+    """What to type for a run with these options and ``more``. ``trusted``: a tokenizer's own code may run."""
+    from mergekit.options import shaping_options
+    from mergekit.output.card_parts import Command
+
+    trust = ["--trust-remote-code"] if trusted else []
+    code = shaping_options(RunOptions(method_files=options.method_files))
+    return Command(program, [*shaping_options(options), *more, *trust], [*code, *trust])
 
 
 def title_of(folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -65,12 +64,7 @@ def conclude(plan: Plan, out: str, seconds: float, *, quiet: bool) -> None:
     elif not quiet:
         say(f"wrote {out}: {plan.parameters:,} parameters, {size(plan.bytes_written)}, in {seconds:.1f} s")
         if plan.config:
-            say(f"load it: {loading(json.loads(plan.config), out)}   check it: mergekit verify {shlex.quote(out)}")
+            from mergekit.families.config import loading
 
-
-def loading(config: Mapping[str, Any], out: str) -> str:
-    """The call of transformers that loads the model in the folder ``out``."""
-    from mergekit.families.config import auto_class
-
-    code = ", trust_remote_code=True" if "auto_map" in config else ""
-    return f"{auto_class(config)}.from_pretrained({json.dumps(out, ensure_ascii=False)}{code})"
+            call = loading(json.loads(plan.config), json.dumps(out, ensure_ascii=False))
+            say(f"load it: {call}   check it: mergekit verify {shlex.quote(out)}")

@@ -9,12 +9,15 @@ from mergekit.dtypes import DType
 
 __all__ = [
     "LAYER_KEYS",
+    "auto_class",
     "has_no_head",
     "ids_beyond",
     "is_encoder_decoder",
     "is_tied",
     "language_section",
     "layer_count",
+    "loading",
+    "needs_code",
     "set_dtype",
     "set_tied",
     "set_vocabulary",
@@ -82,12 +85,26 @@ def auto_class(config: Mapping[str, Any]) -> str:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if name.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
+    if name.endswith("ForConditionalGeneration"):
+        kinds = {"ImageTextToText": "vision_config" in config, "SpeechSeq2Seq": "num_mel_bins" in config,
+                 "Seq2SeqLM": is_encoder_decoder(config)}  # fmt: skip
+        return next((f"AutoModelFor{kind}" for kind, fits in kinds.items() if fits), "AutoModel")
     heads = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForImageTextToText")
-    text_to_text = is_encoder_decoder(config) and name.endswith("ForConditionalGeneration")
-    return next(
-        (f"AutoModel{head}" for head in heads if name.endswith(head)),
-        "AutoModelForSeq2SeqLM" if text_to_text else "AutoModel",
-    )
+    return next((f"AutoModel{head}" for head in heads if name.endswith(head)), "AutoModel")
+
+
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """Whether a model can only be loaded by running the Python code that comes with it, or that its config names."""
+    return "auto_map" in config
+
+
+def loading(config: Mapping[str, Any], name: str) -> str:
+    """The call of transformers that loads a model by its config; ``name`` is Python for its folder.
+
+    >>> loading({"architectures": ["GPT2LMHeadModel"]}, '"out"')
+    'AutoModelForCausalLM.from_pretrained("out")'
+    """
+    return f"{auto_class(config)}.from_pretrained({name}{', trust_remote_code=True' if needs_code(config) else ''})"
 
 
 def is_encoder_decoder(config: Mapping[str, Any]) -> bool:

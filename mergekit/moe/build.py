@@ -154,6 +154,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         device=options.device,
         allow_nonfinite=options.allow_nonfinite,
         statistics=options.statistics,
+        cards=cards,
         method_source=source_digest(recipe.shared.method),
         prepared_bytes=routers.nbytes + merged.nbytes,
     )

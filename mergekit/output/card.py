@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,80 +9,58 @@ from mergekit.methods import get_method
 from mergekit.output import card_parts as parts
 from mergekit.output.front_matter import front_matter
 from mergekit.output.markdown import escape, fenced
-from mergekit.planning.licences import input_cards, licence_notes, licence_warnings
-from mergekit.planning.plan import Plan, Source
+from mergekit.output.paths import without_paths
+from mergekit.planning.licences import told_by_card
+from mergekit.planning.plan import Plan
 
-__all__ = ["in_words", "local_paths", "model_card", "remarks", "render", "without_paths"]
-
-_TEMPLATE = """\
-# {{ title }}
-
-{{ what }}
-
-## Models
-
-{{ models }}
-{%- if others %}
-
-For all of them: {{ others }}.
-{%- endif %}
-
-## Use
-
-{{ use }}
-{%- if statistics %}
-
-## What the merge did
-
-{{ statistics }}
-{%- endif %}
-{%- if licences %}
-
-## Licences
-
-{{ licences }}
-{%- endif %}
-{%- if remarks %}
-
-## Noted while planning
-
-{{ remarks }}
-{%- endif %}
-
-## Recipe
-
-{{ recipe }}
-
-{{ again }}
-{%- if citations %}
-
-## Citation
-
-{{ citations }}
-{%- endif %}
-"""
+__all__ = ["compose", "in_words", "model_card"]
 
 
-def model_card(plan: Plan, title: str, summary: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    plan: Plan,
+    title: str,
+    summary: Mapping[str, Any] | None = None,
+    command: parts.Command | None = None,
+) -> str:
     """README.md for the result of ``plan``. ``title`` is usually the name of the output folder.
 
     ``summary`` holds the figures of the whole merge, as merge_stats.json has them; None where none were gathered.
+    ``command`` is what makes it again, if that is more than the defaults.
     """
-    cards = input_cards(plan.sources)
-    return front_matter(plan, cards, [plan.method]) + render(
-        _TEMPLATE,
-        title=escape(title),
-        what=_what(plan),
-        models=parts.models(plan, cards),
-        others=parts.others(plan),
-        use=parts.use(plan, title),
-        statistics=parts.statistics(summary, plan),
-        licences=parts.licences(cards),
-        remarks=remarks(plan, plan.warnings),
-        recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
-        again=parts.again(plan),
-        citations=parts.citations(plan),
-    )
+    more = parts.others(plan)
+    own = {
+        "Models": parts.models(plan) + (f"\n\nFor all of them: {more}." if more else ""),
+        "Use": parts.use(plan, title),
+        "What the merge did": parts.statistics(summary, plan),
+    }
+    return compose(plan, [plan.method], title, _what(plan), own, remarks=plan.warnings, command=command)
+
+
+def compose(
+    plan: Plan,
+    tags: Sequence[str],
+    title: str,
+    what: str,
+    own: Mapping[str, str],
+    *,
+    remarks: Sequence[str],
+    command: parts.Command | None,
+    has_citations: bool = True,
+) -> str:
+    """A card: metadata with ``tags``, ``what`` under the title, its ``own`` sections, and those of every card.
+
+    Sections without text are left out, and of ``remarks`` what is said of licences elsewhere.
+    """
+    told = told_by_card(plan.cards)
+    sections = {
+        **own,
+        "Licences": parts.licences(plan.cards),
+        "Noted while planning": "\n".join(f"* {escape(without_paths(r, plan))}" for r in remarks if r not in told),
+        "Recipe": f"{fenced(without_paths(plan.recipe, plan), 'yaml')}\n\n{parts.again(plan, command)}",
+        "Citation": parts.citations(plan) if has_citations else "",
+    }
+    texts = [f"# {escape(title)}", what, *(f"## {head}\n\n{text}" for head, text in sections.items() if text)]
+    return front_matter(plan, tags) + "\n\n".join(texts) + "\n"
 
 
 def _what(plan: Plan) -> str:
@@ -96,7 +73,7 @@ def _what(plan: Plan) -> str:
     base = "" if onto is None else f" onto the base model **{parts.model_name(plan, onto)}**"
     made = f"a merge of {names}{base}" if len(merged) > 1 or base else f"made from {names}"
     title = f"[{escape(method.title)}]({method.url})" if method.url else escape(method.title)
-    summary = escape(method.summary.rstrip("."))
+    summary = "`".join(map(escape, method.summary.rstrip(".").split("``")))  # code in docstrings has two backticks
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
     return (
         f"This model is {made}, with mergekit by {title}: {summary[:1].lower()}{summary[1:]}. It has "
@@ -117,51 +94,6 @@ def _origin(plan: Plan) -> str:
     return f"is that of {donor}, its tokenizer that of {parts.model_name(plan, owners[0])}"
 
 
-def remarks(plan: Plan, texts: Sequence[str]) -> str:
-    """Warnings and notes of a plan as a list; what the card says of licences elsewhere is left out."""
-    cards = input_cards(plan.sources)
-    told = {*licence_warnings(cards), *licence_notes(cards)}
-    return "\n".join(f"* {escape(without_paths(text, plan))}" for text in texts if text not in told)
-
-
 def in_words(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def render(template: str, **facts: Any) -> str:
-    """A jinja2 template with every name that it uses given."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    return str(environment.from_string(template).render(**facts))
-
-
-def local_paths(text: str) -> list[str]:
-    """The absolute paths in ``text``, in order: what tells strangers about this machine."""
-    found = dict.fromkeys(match[0] for match in _ABSOLUTE.finditer(text))
-    return [path for path in found if path.count("/") > 1 or path.startswith("~")]
-
-
-def without_paths(text: str, plan: Plan | None) -> str:
-    """``text`` with each local path of a source replaced by the model's short name, any other by its last part.
-
-    Without a plan no source is known.
-    """
-    sources = plan.sources if plan else ()
-    names = {source.reference: source.short for source in sources}
-    for source in sources:
-        path, short = _first(source)
-        names.update({path: short, source.folder: short})
-    paths = sorted((p for p in names if len(p) > 1 and p != names[p]), key=len, reverse=True)
-    # Not inside another word or path: a folder may be called "base".
-    found = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, paths))})(?![\w/-])")
-    return _ABSOLUTE.sub(lambda match: match[1], found.sub(lambda match: names[match[1]], text) if paths else text)
-
-
-_ABSOLUTE = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s'\",:;()]+/)*([^\s'\",:;()/]+)")
-
-
-def _first(source: Source) -> tuple[str, str]:
-    """The path of a source, and the short form of that: of a model with an adapter, the model's own."""
-    return source.reference.partition("+")[0], source.short.partition("+")[0]

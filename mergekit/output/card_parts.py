@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit.families.config import auto_class, loading, needs_code
 from mergekit.methods import get_method
 from mergekit.methods.spec import DELTA_OPTIONS, Method
-from mergekit.output.front_matter import architecture, hub_commit, hub_name
+from mergekit.output.front_matter import hub_commit, hub_name
 from mergekit.output.markdown import escape, fenced, link, table
 from mergekit.planning.document import TOKENIZER_FILES
 from mergekit.planning.expression import Apply
-from mergekit.planning.licences import InputCards, terms
+from mergekit.planning.input_cards import InputCards
+from mergekit.planning.licences import terms
 from mergekit.planning.plan import Plan
 
 __all__ = [
     "TOKENIZER_FILES",
+    "Command",
     "again",
     "citations",
     "licences",
@@ -33,9 +37,20 @@ __all__ = [
 _HUB = "https://huggingface.co"
 _PAPER = re.compile(r"(?P<who>.+?) (?P<year>(?:19|20)\d\d), (?P<title>.+)")
 _ARXIV = re.compile(r"https://arxiv\.org/abs/(\d{4}\.\d{4,5})")
+_FOLDER = "path/to/this/folder"
 _NAME_COMMENT = "this folder, or the model's name on the hub"
-_AUTO = {"ForCausalLM": "AutoModelForCausalLM", "ForMaskedLM": "AutoModelForMaskedLM",
-         "ForSequenceClassification": "AutoModelForSequenceClassification"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What makes a model again: ``program``, and ``options`` that change what it writes.
+
+    ``code`` are those of them by which code is run, so that ``mergekit reproduce`` needs them, too.
+    """
+
+    program: str
+    options: Sequence[str] = ()
+    code: Sequence[str] = ()
 
 
 def model_name(plan: Plan, position: int) -> str:
@@ -49,12 +64,12 @@ def model_name(plan: Plan, position: int) -> str:
     return f"{link(own, address)}{plus}{escape(more)}"
 
 
-def models(plan: Plan, cards: InputCards) -> str:
+def models(plan: Plan) -> str:
     """A table of the models: what each is to the merge, its parameters, its licence if any names one."""
     positions = [i for i, source in enumerate(plan.sources) if not (source.prepared or source.adapter)]
     settings = _settings(plan)
     names = list(dict.fromkeys(name for own in settings.values() for name in own))
-    known = dict(cards.cards)
+    known = dict(plan.cards.cards)
     has_licences = any(card.licence for card in known.values())
     rows = []
     for position in positions:
@@ -120,24 +135,25 @@ def _span(values: Sequence[Any]) -> str:
 
 def use(plan: Plan, title: str) -> str:
     """Code that loads the model with transformers, and lets it go on with a text where it is one for that."""
-    kind = architecture(plan)
-    auto = next((auto for end, auto in _AUTO.items() if kind.endswith(end)), "AutoModel")
-    names = [name for _, name in plan.files] + [name for name, _ in plan.texts]
-    has_tokenizer = not TOKENIZER_FILES.isdisjoint(names)
-    trust = ", trust_remote_code=True" if any(name.endswith(".py") for name in names) else ""
+    config = json.loads(plan.config) if plan.config else {}
+    auto, texts = auto_class(config), _tokenizer_texts(plan)
+    trust = ", trust_remote_code=True" if needs_code(config) or '"auto_map":' in texts.get(_SETTINGS, "") else ""
+    has_tokenizer = not TOKENIZER_FILES.isdisjoint([*(name for _, name in plan.files), *dict(plan.texts)])
     lines = [
         f"from transformers import {auto}{', AutoTokenizer' if has_tokenizer else ''}",
         "",
         f"name = {json.dumps(title, ensure_ascii=False)}  # {_NAME_COMMENT}",
-        f"model = {auto}.from_pretrained(name{trust})",
+        f"model = {loading(config, 'name')}",
     ]
     if has_tokenizer:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained(name{trust})")
     if has_tokenizer and auto == "AutoModelForCausalLM":
-        lines += ["", *(_CHAT if _has_template(plan) else _PROMPT), _GENERATE]
+        lines += ["", *(_CHAT if _has_template(texts) else _PROMPT), _GENERATE]
     return fenced("\n".join(lines), "python")
 
 
+_SETTINGS = "tokenizer_config.json"
+_TEMPLATES = (_SETTINGS, "chat_template.jinja", "chat_template.json")
 _CHAT = (
     'messages = [{"role": "user", "content": "Hello!"}]',
     "inputs = tokenizer.apply_chat_template(",
@@ -148,16 +164,18 @@ _PROMPT = ('inputs = tokenizer("Once upon a time", return_tensors="pt", return_t
 _GENERATE = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))"
 
 
-def _has_template(plan: Plan) -> bool:
-    """Whether the tokenizer that comes along has a chat template."""
-    texts = dict(plan.texts)
+def _tokenizer_texts(plan: Plan) -> dict[str, str]:
+    """The settings and templates of the tokenizer that comes along, by the names of their files."""
+    texts = {name: text for name, text in plan.texts if name in _TEMPLATES}
     for source, name in plan.files:
-        if name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json"):
+        if name in _TEMPLATES:
             path = Path(plan.sources[source].folder) / name
             texts.setdefault(name, path.read_text("utf-8", "replace") if path.is_file() else "")
-    return '"chat_template":' in texts.get("tokenizer_config.json", "") or any(
-        "chat_template." in name for name in texts
-    )
+    return texts
+
+
+def _has_template(texts: Mapping[str, str]) -> bool:
+    return '"chat_template":' in texts.get(_SETTINGS, "") or any(name != _SETTINGS for name in texts)
 
 
 def published(card: str, name: str) -> str:
@@ -268,19 +286,25 @@ def _bibtex(method: Method) -> str:
     return f"@misc{{{key},\n  " + ",\n  ".join(lines) + "\n}"
 
 
-def again(plan: Plan) -> str:
+def again(plan: Plan, command: Command | None) -> str:
     """What this was made with, and the commands that make it again or check it."""
-    verb = "merge" if plan.mixture is None else "moe"
-    commands = (
-        f"mergekit {verb} {plan.recipe_name} again  # the same merge",
-        "mergekit reproduce FOLDER  # merge in memory and compare with this model, tensor by tensor",
-        "mergekit verify FOLDER     # are these the files that were written?",
-    )
+    command = command or Command("mergekit merge" if plan.mixture is None else "mergekit moe")
+    lines = {
+        " ".join([command.program, f"{_FOLDER}/{plan.recipe_name}", "again", *command.options]): "the same merge",
+        " ".join(["mergekit reproduce", _FOLDER, *command.code]): "merge in memory, compare tensor by tensor",
+        f"mergekit verify {_FOLDER}": "are these the files that were written?",
+    }
+    width = max(len(line) for line in lines if len(line) < 60)
+    code = fenced("\n".join(f"{line:{width}}  # {comment}" for line, comment in lines.items()), "sh")
     place = "" if plan.device == "cpu" else f", on {plan.device}"
-    beside = " the files of its prompts have to lie beside it." if "prompts_file" in plan.recipe else ""
-    code = fenced("\n".join(commands), "sh")
-    return (
-        f"Made with mergekit {plan.version}, seed {plan.seed}{place}. The recipe above is `{plan.recipe_name}`;"
-        f"{beside} `merge_manifest.json` holds the revision and digests of each input, and a checksum of each "
-        f"tensor.\n\n{code}"
-    )
+    words = [
+        f"Made with mergekit {plan.version}, seed {plan.seed}{place}. The recipe above is `{plan.recipe_name}`; "
+        f"`merge_manifest.json` holds the revision and digests of each input, and a checksum of each tensor."
+    ]
+    if "prompts_file" in plan.recipe:
+        words.append(f"The files of its prompts have to lie beside `{plan.recipe_name}`.")
+    if "--method-file" in command.options:
+        words.append("The file of `--method-file` defines its method, and is not in this folder.")
+    if any(hub_name(source) is None for source in plan.sources if not source.prepared):
+        words.append("Run the commands in the folder where the merge was run: its models are looked for from there.")
+    return f"{' '.join(words)}\n\n{code}"

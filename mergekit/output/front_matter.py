@@ -8,22 +8,23 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mergekit.families.config import auto_class
 from mergekit.hub import is_local
-from mergekit.planning.licences import InputCards
+from mergekit.planning.input_cards import InputCards
 from mergekit.planning.plan import Plan, Source
 from mergekit.recipe.text import dump_yaml
 from mergekit.refs import ModelPath
 
-__all__ = ["architecture", "front_matter", "hub_commit", "hub_name", "hub_names"]
+__all__ = ["front_matter", "hub_commit", "hub_name", "hub_names"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_TAGS = 24
 
 
-def front_matter(plan: Plan, cards: InputCards, tags: Sequence[str]) -> str:
+def front_matter(plan: Plan, tags: Sequence[str]) -> str:
     """The YAML between two lines of dashes. ``tags`` come before those that the inputs hand down."""
-    names = hub_names(plan)
+    names, cards = hub_names(plan), plan.cards
     entries: dict[str, Any] = {"base_model": names} if names else {}
     if names and sum(not (source.adapter or source.prepared) for source in plan.sources) > 1:
         entries["base_model_relation"] = "merge"
@@ -34,13 +35,6 @@ def front_matter(plan: Plan, cards: InputCards, tags: Sequence[str]) -> str:
         entries["language"] = languages
     entries["tags"] = _union([("mergekit", "merge", *tags), *(card.tags for _, card in cards.cards)])[:_MOST_TAGS]
     return f"---\n{dump_yaml(entries)}\n---\n"
-
-
-def architecture(plan: Plan) -> str:
-    """The class of transformers that config.json names, or nothing."""
-    found = json.loads(plan.config).get("architectures") if plan.config else None
-    first = found[0] if isinstance(found, list) and found else None
-    return first if isinstance(first, str) and re.fullmatch(r"[A-Za-z]\w{0,99}", first, re.ASCII) else ""
 
 
 def hub_names(plan: Plan) -> list[str]:
@@ -69,7 +63,8 @@ def _task(plan: Plan, cards: InputCards) -> dict[str, str]:
     found = {card.task: None for _, card in cards.cards if card.task}
     if len(found) == 1:
         return {"pipeline_tag": next(iter(found))}
-    return {"pipeline_tag": "text-generation"} if architecture(plan).endswith("ForCausalLM") else {}
+    is_causal = bool(plan.config) and auto_class(json.loads(plan.config)) == "AutoModelForCausalLM"
+    return {"pipeline_tag": "text-generation"} if is_causal else {}
 
 
 def _licence(cards: InputCards) -> dict[str, Any]:

@@ -6,109 +6,59 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit.output import card_parts as parts
-from mergekit.output.card import in_words, remarks, render, without_paths
-from mergekit.output.front_matter import front_matter
-from mergekit.output.markdown import escape, fenced, table
-from mergekit.planning.licences import input_cards
-from mergekit.planning.plan import Plan
+from mergekit.output.card import compose, in_words
+from mergekit.output.markdown import table
+from mergekit.planning.plan import Mixture, Plan
 
 __all__ = ["moe_card"]
 
-_TEMPLATE = """\
-# {{ title }}
-
-A mixture of {{ experts }} experts, made of dense language models by mergekit. In each layer a router sends every token
-through {{ per_token }} of the experts.
-
-## Experts
-
-{{ table }}
-
-Everything else (attention, norms, embeddings, head) is
-{%- if shared == "base" %} that of **{{ base }}**: what the experts learnt there is not in this model.
-{%- elif shared == "average" %} the average of the experts' models.
-{%- else %} merged by `{{ shared }}` (the recipe says of what).
-{%- endif %} Routers: `{{ gate_mode }}`. {{ parameters }} parameters in {{ dtypes }}.
-
-## Use
-
-{{ use }}
-
-{% if has_code -%}
+_OWN_CODE = """\
 The architecture is in the two Python files beside the weights, so `trust_remote_code=True` is needed. They work with
 transformers 4.48 and newer, for training too (`output_router_logits=True` adds the load-balancing loss). vLLM and
-llama.cpp don't know this architecture; build with `architecture: mixtral` for them.
-{%- else -%}
+llama.cpp don't know this architecture; build with `architecture: mixtral` for them."""
+_NATIVE = """\
 A native Mixtral: transformers 4.48 and newer load it (tested). vLLM and llama.cpp read these names of tensors and this
-config, going by their source; what they leave out is noted below.
-{%- endif %}
-{%- if routing %}
-
-## Routing
-
-{{ routing }}
-{%- endif %}
-{%- if statistics %}
-
-## What the merge of the shared weights did
-
-{{ statistics }}
-{%- endif %}
-{%- if licences %}
-
-## Licences
-
-{{ licences }}
-{%- endif %}
-{%- if remarks %}
-
-## Noted while planning
-
-{{ remarks }}
-{%- endif %}
-
-## Recipe
-
-{{ recipe }}
-
-{{ again }}
-{%- if citations %}
-
-## Citation
-
-{{ citations }}
-{%- endif %}
-"""
+config, going by their source; what they leave out is noted below."""
 
 
-def moe_card(plan: Plan, title: str, routing: str | None, summary: Mapping[str, Any] | None = None) -> str:
+def moe_card(
+    plan: Plan,
+    title: str,
+    routing: str | None,
+    summary: Mapping[str, Any] | None = None,
+    command: parts.Command | None = None,
+) -> str:
     """README.md for the mixture of ``plan``.
 
     ``routing``: the routing report as Markdown, ``summary``: the figures of what was merged; None where there are none.
+    ``command`` is what makes it again, if that is more than the defaults.
     """
     assert plan.mixture is not None
-    mixture, cards = plan.mixture, input_cards(plan.sources)
+    mixture = plan.mixture
     is_merged = mixture.shared not in ("base", "average")
+    what = (
+        f"A mixture of {len(mixture.experts)} experts, made of dense language models by mergekit. In each layer a "
+        f"router sends every token through {mixture.per_token} of the experts."
+    )
+    own = {
+        "Experts": _experts(plan, mixture),
+        "Use": f"{parts.use(plan, title)}\n\n{_OWN_CODE if plan.texts else _NATIVE}",
+        "Routing": (routing or "").rstrip(),
+        "What the merge of the shared weights did": parts.statistics(summary, plan) if is_merged else "",
+    }
+    tags = ["moe", *([mixture.shared] if is_merged else [])]
+    remarks = [*plan.warnings, *plan.notes]
+    return compose(plan, tags, title, what, own, remarks=remarks, command=command, has_citations=is_merged)
+
+
+def _experts(plan: Plan, mixture: Mixture) -> str:
+    """A table of the experts, and where everything else comes from."""
     rows = [[str(number), parts.model_name(plan, position)] for number, position in enumerate(mixture.experts)]
     dtypes = dict.fromkeys(o.dtype.name for o in plan.outputs if o.dtype.is_float)
-    return front_matter(plan, cards, ["moe", *([mixture.shared] if is_merged else [])]) + render(
-        _TEMPLATE,
-        title=escape(title),
-        experts=len(mixture.experts),
-        per_token=mixture.per_token,
-        table=table(["expert", "MLPs of"], rows),
-        shared=mixture.shared,
-        base=parts.model_name(plan, plan.donor),
-        gate_mode=mixture.gate_mode,
-        parameters=f"{plan.parameters:,}",
-        dtypes=in_words(list(dtypes)),
-        use=parts.use(plan, title),
-        has_code=bool(plan.texts),
-        statistics=parts.statistics(summary, plan) if is_merged else "",
-        licences=parts.licences(cards),
-        remarks=remarks(plan, [*plan.warnings, *plan.notes]),
-        routing=routing.rstrip() if routing else None,
-        recipe=fenced(without_paths(plan.recipe, plan), "yaml"),
-        again=parts.again(plan),
-        citations=parts.citations(plan) if is_merged else "",
+    base = f"that of **{parts.model_name(plan, plan.donor)}**: what the experts learnt there is not in this model"
+    others = {"base": base, "average": "the average of the experts' models"}
+    shared = others.get(mixture.shared, f"merged by `{mixture.shared}` (the recipe says of what)")
+    return (
+        f"{table(['expert', 'MLPs of'], rows)}\n\nEverything else (attention, norms, embeddings, head) is {shared}. "
+        f"Routers: `{mixture.gate_mode}`. {plan.parameters:,} parameters in {in_words(list(dtypes))}."
     )

@@ -113,6 +113,7 @@ def build_plan(recipe: Recipe, options: PlanOptions, listener: Listener | None =
         rounding=recipe.config.rounding,
         method_source=source_digest(recipe.method),
         statistics=options.statistics,
+        cards=cards,
     )
 
 

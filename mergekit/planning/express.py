@@ -23,7 +23,7 @@ from mergekit.planning.slots import Contribution, Slot
 from mergekit.planning.vocabulary import Alignment
 from mergekit.recipe import EMBED_SLERP, EMBEDDING_OPTIONS, Recipe
 from mergekit.recipe.resolve import InputScope, MissingParameterError, resolve_parameters
-from mergekit.recipe.settings import evaluate_setting
+from mergekit.recipe.settings import evaluate_setting, first_match
 from mergekit.refs import ModelReference
 
 __all__ = ["Expresser", "Listener", "Made", "cast"]
@@ -248,8 +248,12 @@ class Expresser:
             where = (
                 "under 'parameters'" if error.index is None else "under the model's 'parameters', or at the top level"
             )
+            advice = f"give it {where}"
+            if error.given is not None:
+                is_empty = first_match(error.given, slot.name)[0] == []
+                advice = f"what is given {'is an empty list' if is_empty else 'has filters that leave it out'}"
             raise self.recipe.fault(
-                f"'{method.name}' needs '{error.name}'{whose} (tensor {slot.name}); give it {where}",
+                f"'{method.name}' needs '{error.name}'{whose} (tensor {slot.name}); {advice}",
                 *self._place(slot, None if error.index is None else present[order[error.index]]),
             ) from None
         except ParameterError as error:

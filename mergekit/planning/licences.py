@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.errors import some_of
-from mergekit.planning.input_cards import InputCard, Licence, read_card
+from mergekit.planning.input_cards import InputCards, Licence, read_card
 from mergekit.planning.plan import Source
 
-__all__ = ["InputCards", "input_cards", "licence_notes", "licence_warnings", "terms"]
+__all__ = ["input_cards", "licence_notes", "licence_warnings", "terms", "told_by_card"]
 
 _TERMS: tuple[tuple[str, str], ...] = (
     (r"\bnc\b|non-?commercial", "for non-commercial use"),
@@ -24,31 +23,6 @@ _TERMS: tuple[tuple[str, str], ...] = (
     (r"^gemma|rail\b|^bigscience|^bigcode", "asks to pass on its limits of use"),
 )
 """What licences are known to ask beyond their notice, by their identifiers and names on the hub."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputCards:
-    """The cards of the inputs by short name, in the order of the plan."""
-
-    cards: tuple[tuple[str, InputCard], ...]
-
-    @property
-    def licences(self) -> dict[Licence | None, list[str]]:
-        """Each licence with the names of the models under it; None for those that name none."""
-        found: dict[Licence | None, list[str]] = {}
-        for name, card in self.cards:
-            found.setdefault(card.licence, []).append(name)
-        return found
-
-    @property
-    def differ(self) -> bool:
-        """Whether the inputs name more than one licence, or only some of them name one."""
-        return len(self.licences) > 1
-
-    @property
-    def common(self) -> Licence | None:
-        """The licence that every input names, if they all name the same."""
-        return None if self.differ else next(iter(self.licences), None)
 
 
 def input_cards(sources: Sequence[Source]) -> InputCards:
@@ -76,10 +50,23 @@ def licence_warnings(cards: InputCards) -> list[str]:
 
 
 def licence_notes(cards: InputCards) -> list[str]:
-    """What the one licence of all inputs asks for, and which cards could not be read."""
+    """What the one licence of all inputs asks for, and which cards, or what they say of it, could not be read."""
     notes = [
         f"{name}: its README.md can't be read, so it hands nothing down" for name, c in cards.cards if not c.is_readable
     ]
-    if cards.common and (asked := terms(cards.common)):
-        notes.append(f"the models' licence, {cards.common}: {'; '.join(asked)}")
-    return notes
+    notes += [
+        f"{name}: the licence in its README.md is none of the hub's names, so it is left out; read it there"
+        for name, c in cards.cards
+        if c.has_other_licence
+    ]
+    return notes + _common_note(cards)
+
+
+def told_by_card(cards: InputCards) -> set[str]:
+    """The warnings and notes that a model card has as a section of its own."""
+    return {*licence_warnings(cards), *_common_note(cards)}
+
+
+def _common_note(cards: InputCards) -> list[str]:
+    asked = terms(cards.common) if cards.common else []
+    return [f"the models' licence, {cards.common}: {'; '.join(asked)}"] if asked else []

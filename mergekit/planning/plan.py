@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
 from mergekit.checkpoint import FileIdentity
 from mergekit.dtypes import DType
 from mergekit.planning.expression import Expression, leaves
+from mergekit.planning.input_cards import InputCards
 
 __all__ = ["Mixture", "OutputTensor", "Plan", "Shard", "Source"]
 
@@ -77,7 +78,8 @@ class Plan:
     ``config`` and ``index`` are the JSON texts to write, ``recipe`` goes into the file ``recipe_name``;
     ``left_out`` lists input tensors that go nowhere, as (source, tensor, reason). ``device`` is part of the digest
     because accelerators agree with the CPU only within a tolerance. ``method_source`` is a digest of the code of a
-    method that is not built in. ``statistics``: figures are gathered about each merged tensor.
+    method that is not built in. ``statistics``: figures are gathered about each merged tensor. ``cards`` are those of
+    the inputs as they were when the plan was made.
     """
 
     version: str
@@ -104,6 +106,7 @@ class Plan:
     rounding: str = "nearest"
     method_source: str = ""
     statistics: bool = False
+    cards: InputCards = field(default_factory=InputCards)
 
     @property
     def bytes_written(self) -> int:

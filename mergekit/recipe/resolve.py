@@ -18,12 +18,16 @@ Told = Callable[[Parameter, int | None, Any, Scope | None, tuple[str | int, ...]
 
 
 class MissingParameterError(LookupError):
-    """A parameter without default has no value; ``index`` is the input concerned, or None for a shared parameter."""
+    """A parameter without default has no value; ``index`` is the input concerned, or None for a shared parameter.
 
-    def __init__(self, name: str, index: int | None) -> None:
+    ``given`` is the first setting of it that says nothing about the tensor: an empty list, or filters that don't match.
+    """
+
+    def __init__(self, name: str, index: int | None, given: Any = None) -> None:
         super().__init__(name)
         self.name = name
         self.index = index
+        self.given = given
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +80,7 @@ def _first(parameter: Parameter, tensor: str, t: float, scopes: Sequence[Scope],
                 told(parameter, index, value, scope, first_match(scope[parameter.name], tensor)[1])
                 return value
     if parameter.default is REQUIRED:
-        raise MissingParameterError(parameter.name, index)
+        given = (scope[parameter.name] for scope in scopes if parameter.name in scope)
+        raise MissingParameterError(parameter.name, index, next(given, None))
     told(parameter, index, parameter.default, None, ())
     return parameter.default

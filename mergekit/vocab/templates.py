@@ -14,6 +14,7 @@ from mergekit.checkpoint import read_json
 
 __all__ = [
     "BUILT_IN",
+    "JINJA",
     "built_in",
     "chat_template",
     "special_strings",
@@ -26,8 +27,8 @@ _HERE = Path(__file__).parent
 BUILT_IN = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 """The names of the templates that come with mergekit."""
 _SPECIAL = re.compile(r"[a-z_]+_token")
-_LEAST = 20
-"""Fewer characters are no template but a name that we don't know."""
+JINJA = r"\{[{%]"
+"""What the text of a template holds, and no name."""
 _MOST_SECONDS = 20
 
 
@@ -40,7 +41,7 @@ def template_text(value: str) -> str | None:
     """The template that a recipe's ``chat_template`` means: by name, or as it is; None if it is neither."""
     if value in BUILT_IN:
         return built_in(value)
-    return value if len(value) >= _LEAST and "{" in value else None
+    return value if re.search(JINJA, value) else None
 
 
 def chat_template(folder: Path) -> str | None:

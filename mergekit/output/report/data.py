@@ -13,9 +13,9 @@ from mergekit.errors import CheckpointError
 from mergekit.families.layout import AFTER, BEFORE, Layout, infer_layout
 from mergekit.families.roles import role
 from mergekit.moe.report import RoutingReport
-from mergekit.output.card import without_paths
 from mergekit.output.manifest import MANIFEST, Manifest, inputs_of_plan, manifest_of
 from mergekit.output.names import ROUTING
+from mergekit.output.paths import without_paths
 from mergekit.output.stats import STATS, Statistics, statistics_of
 from mergekit.planning.expression import Apply, Expression, leaves
 from mergekit.planning.plan import OutputTensor, Plan
