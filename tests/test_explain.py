@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import command
 import mergekit
@@ -77,6 +79,18 @@ def test_every_value_has_its_origin(recipe):
     assert found.unused == (("r.yml:17:7", "density"),)
 
 
+def read_place(path: Path, place: str) -> tuple[str, str, object]:
+    """The key that ``place`` points at, the parameter that it belongs to, and the value behind it."""
+    name, line, column = place.rsplit(":", 2)
+    assert name == str(path)
+    lines = path.read_text().splitlines()
+    at = sum(len(text) + 1 for text in lines[: int(line) - 1]) + int(column) - 1
+    before, rest = "\n".join(lines)[:at], "\n".join(lines)[at:]
+    key, value = re.match(r"(\w+): *(\[[^\]]*\]|[^\s,}#]+)", rest).groups()
+    above = [word for word in re.findall(r"(\w+):", before) if word not in ("filter", "value")]
+    return key, above[-1] if key == "value" else key, yaml.safe_load(value)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yml")), ids=lambda p: p.name)
 def test_values_are_those_of_the_plan(path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -90,8 +104,10 @@ def test_values_are_those_of_the_plan(path, monkeypatch):
         for setting in found.of(output.name):
             told.setdefault(setting.parameter, []).append(setting.value)
             if setting.place is not None:
-                line = path.read_text().splitlines()[int(setting.place.rsplit(":", 2)[1]) - 1]
-                assert setting.parameter in line or "value" in line
+                key, owner, written = read_place(path, setting.place)
+                assert owner == setting.parameter, setting
+                assert key in (setting.parameter, "value"), setting
+                assert isinstance(written, list) or written == setting.value, setting
         for name, value in planned.items():
             assert told[name] == (list(value) if isinstance(value, tuple) else [value])
 
@@ -114,8 +130,6 @@ def test_the_command(recipe):
 
 
 def test_recipes_without_places(recipe):
-    import yaml
-
     found = explain(yaml.safe_load(RECIPE))
     assert of(found, "model.norm.weight", "lambda") == [(None, 2.0, "recipe.parameters.lambda", "")]
     with pytest.raises(UsageError):
