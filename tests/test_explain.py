@@ -126,6 +126,7 @@ def test_the_command(recipe):
     assert list(record["tensors"]) == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
     command.assert_refused(command.mergekit("explain", recipe, "--tensor", "modl.norm.weight"), 2, "Did you mean")
     command.assert_refused(command.mergekit("explain", recipe, "--tensor", "zzz"), 2, "Without --tensor all are listed")
+    command.assert_refused(command.mergekit("explain", recipe, "--tensor", "qkv_proj"), 2, "Did you mean 'q_proj'?")
     command.assert_refused(command.mergekit("explain", "none.yml"), 2, "none.yml")
 
 

@@ -162,7 +162,7 @@ def test_the_questions(folders, terminal):
     assert done.code == 0, done.err
     recipe = yaml.safe_load(Path("asked.yml").read_text())
     assert (recipe["merge_method"], recipe["base_model"]) == ("ties", folders[0])
-    assert "  there is no folder 'none' here, and" in done.err
+    assert "  there is no folder 'none' in the current folder, and" in done.err
     assert "'slerp' does not fit 3 models" in done.err
     assert "suggested: task_arithmetic" in done.err
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import plain, tell
+from mergekit.cli.boundary import plain, say, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.show import size
 from mergekit.options import add_merge_options
@@ -38,6 +38,8 @@ def plan(config_file: str, as_json: bool, html: Path | None, merge_options: Any)
     made = api.plan(config_file, options)
     if html:
         api.report_plan(made, html, Path(config_file).stem)
+        if not merge_options.quiet:
+            say(f"wrote {html}")
     if as_json:
         from mergekit.planning.describe import describe
 
