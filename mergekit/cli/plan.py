@@ -38,15 +38,15 @@ def plan(config_file: str, as_json: bool, html: Path | None, merge_options: Any)
     made = api.plan(config_file, options)
     if html:
         api.report_plan(made, html, Path(config_file).stem)
-        if not merge_options.quiet:
-            say(f"wrote {html}")
     if as_json:
         from mergekit.planning.describe import describe
 
         click.echo(json.dumps({**describe(made), "memory": api.memory(made, options)}, indent=1))
-        return
-    click.echo("\n".join(plan_lines(made, options)))
-    report(made, notes=() if merge_options.quiet else [*merge_options.given_without_effect(), *made.notes])
+    else:
+        click.echo("\n".join(plan_lines(made, options)))
+        report(made, notes=() if merge_options.quiet else [*merge_options.given_without_effect(), *made.notes])
+    if html and not merge_options.quiet:
+        say(f"wrote {html}")
 
 
 def report(plan: Plan, *, notes: Iterable[str]) -> None:

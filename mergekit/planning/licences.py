@@ -78,7 +78,9 @@ def licence_warnings(cards: InputCards) -> list[str]:
 def licence_notes(cards: InputCards) -> list[str]:
     """What the one licence of all inputs asks for, and which cards could not be read."""
     notes = [
-        f"{name}: its README.md can't be read, so it hands nothing down" for name, c in cards.cards if not c.is_readable
+        f"{name}: its README.md can't be read, so no licence, language or tag is taken from it"
+        for name, c in cards.cards
+        if not c.is_readable
     ]
     if cards.common and (asked := terms(cards.common)):
         notes.append(f"the models' licence, {cards.common}: {'; '.join(asked)}")
