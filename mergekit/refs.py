@@ -13,7 +13,7 @@ from typing import Any
 
 from mergekit.errors import RecipeError
 
-__all__ = ["ModelPath", "ModelReference", "but_folder", "distinct_names"]
+__all__ = ["ModelPath", "ModelReference", "but_folder", "distinct_names", "no_folder"]
 
 
 def but_folder(path: str) -> str:
@@ -24,6 +24,15 @@ def but_folder(path: str) -> str:
         found = sorted(entry.name for entry in os.scandir(place or ".") if entry.is_dir())
     like = get_close_matches(name, found, n=1)
     return f" (but '{os.path.join(place, like[0])}')" if like else ""
+
+
+def no_folder(path: str, advice: str = "give the path of a model folder, or a hub name like org/model") -> str:
+    """What to say of a path where a folder should be and none is: a file, or nothing; and ``advice``."""
+    if not os.path.exists(os.path.expanduser(path)):
+        return f"no folder '{path}'{but_folder(path)}; {advice}"
+    if path.endswith((".yml", ".yaml")):
+        advice = f"`mergekit plan {path}` shows what a recipe would make, `mergekit merge {path} out` makes it"
+    return f"'{path}' is a file, and a model is a folder; {advice}"
 
 
 @dataclass(frozen=True, slots=True)

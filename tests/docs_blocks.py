@@ -1,6 +1,6 @@
 """Run what the pages show: files that they have one write, and console blocks, in order, page by page.
 
-    <!-- file: recipe.yml -->      the block below is written to that file first
+    File `recipe.yml`:             the block below is written to that file first
     <!-- not run: reason -->       the block below can't be run here
 
 What a ```console block shows must be what its commands print, and they must succeed, but for those that show an error;
@@ -32,7 +32,8 @@ from mergekit.methods import registry
 __all__ = ["Block", "blocks", "indented_commands", "run_command", "run_page", "same"]
 
 _FENCE = re.compile(
-    r"(?:^<!-- (?P<word>file|not run): (?P<rest>[^\n]*?) -->\n+)?^```(?P<kind>\w+)[^\n]*\n(?P<text>.*?)^```$",
+    r"(?:^(?:File `(?P<file>[^`\n]+)`:|<!-- not run: (?P<reason>[^\n]*?) -->)\n+)?"
+    r"^```(?P<kind>\w+)[^\n]*\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
 _INDENTED = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n)+")
@@ -74,9 +75,8 @@ def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page."""
     found = []
     for match in _FENCE.finditer(page):
-        file = match["rest"] if match["word"] == "file" else None
-        reason = match["rest"] if match["word"] == "not run" else None
-        found.append(Block(match["kind"], match["text"], match.start("text"), match.end("text"), file, reason))
+        place = (match.start("text"), match.end("text"))
+        found.append(Block(match["kind"], match["text"], *place, match["file"], match["reason"]))
     return found
 
 

@@ -77,7 +77,8 @@ ON_HUB = [
         build=several(changes("models/b", "org/nothing"), text("hub/README.md", "")),
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/nothing' here, and there is no model 'org/nothing' on "
+            "recipe.yml:5:5: there is no folder 'org/nothing' in the current folder, "
+            "and there is no model 'org/nothing' on "
             "huggingface.co: check the name; if it is private, `hf auth login`"
         ),
         meaning="A name with one slash that is no folder here is looked for on the hub.",
@@ -87,7 +88,8 @@ ON_HUB = [
         build=several(changes("models/b", "org--x/model"), text("hub/README.md", "")),
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org--x/model' here, and no hub can hold a model called "
+            "recipe.yml:5:5: there is no folder 'org--x/model' in the current folder, "
+            "and no hub can hold a model called "
             "'org--x/model': write org/name, or the path of a folder"
         ),
         meaning="Check the spelling; folders are given by their path.",
@@ -97,7 +99,8 @@ ON_HUB = [
         build=several(changes("models/b", "org/model@v9"), text("hub/README.md", "")),
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and 'org/model@v9' is not on huggingface.co: "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and 'org/model@v9' is not on huggingface.co: "
             "the model is, but no such branch, tag or commit"
         ),
         meaning="The model's page lists its branches, tags and commits.",
@@ -107,7 +110,8 @@ ON_HUB = [
         build=several(changes("models/b", "org/model@../x"), text("hub/README.md", "")),
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and 'org/model@../x': no revision has such a "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and 'org/model@../x': no revision has such a "
             "name; give a branch, a tag or a commit"
         ),
         meaning="The model's page lists its branches, tags and commits.",
@@ -118,7 +122,8 @@ ON_HUB = [
         code=1,
         during=lambda: _hub(gated={"org/model"}),
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and 'org/model' is gated: ask for access on "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and 'org/model' is gated: ask for access on "
             "its page at huggingface.co, then `hf auth login`"
         ),
         meaning="Its owner wants to know who uses it.",
@@ -129,7 +134,8 @@ ON_HUB = [
         code=1,
         during=lambda: _hub(403),
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and huggingface.co refuses 'org/model' (HTTP "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and huggingface.co refuses 'org/model' (HTTP "
             "403): `hf auth login`, or mend HF_TOKEN"
         ),
         meaning="The token is missing, expired, or may not read this model.",
@@ -140,7 +146,8 @@ ON_HUB = [
         code=1,
         during=_unreachable,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and huggingface.co gives no usable answer "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and huggingface.co gives no usable answer "
             "for 'org/model' (ConnectionError): check the network and HF_ENDPOINT and run again, or set "
             "HF_HUB_OFFLINE=1 to use what is cached"
         ),
@@ -152,7 +159,8 @@ ON_HUB = [
         code=1,
         during=lambda: _hub(500),
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and huggingface.co gives no usable answer "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and huggingface.co gives no usable answer "
             "for 'org/model' (HTTP 500): check the network and HF_ENDPOINT and run again, or set "
             "HF_HUB_OFFLINE=1 to use what is cached"
         ),
@@ -163,7 +171,8 @@ ON_HUB = [
         build=_on_hub("model.safetensors"),
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and 'org/model' holds 1 files, but no config "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and 'org/model' holds 1 files, but no config "
             "and no tokenizer"
         ),
         meaning="It is no model that transformers could load.",
@@ -174,7 +183,8 @@ ON_HUB = [
         command=MERGE,
         during=_hub,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and 'org/model' has no *.safetensors and no "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and 'org/model' has no *.safetensors and no "
             "pytorch_model*.bin, but ['config.json']"
         ),
         meaning="Look for a version of the model in safetensors.",
@@ -185,7 +195,8 @@ ON_HUB = [
         code=1,
         during=lambda: _hub(changes={"siblings": [{"rfilename": "../../x", "size": 1}]}),
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and 'org/model' lists a file '../../x', "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and 'org/model' lists a file '../../x', "
             "which would leave its folder: refused"
         ),
         meaning="This server is not to be trusted.",
@@ -196,7 +207,8 @@ ON_HUB = [
         code=1,
         during=_offline,
         message=(
-            "recipe.yml:5:5: there is no folder 'org/model' here, and 'org/model' is not in the cache hub-cache; "
+            "recipe.yml:5:5: there is no folder 'org/model' in the current folder, "
+            "and 'org/model' is not in the cache hub-cache; "
             "HF_HUB_OFFLINE forbids downloading it: set HF_HUB_OFFLINE=0"
         ),
         meaning="Only models that were downloaded before can be used so.",

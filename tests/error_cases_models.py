@@ -59,6 +59,12 @@ def _one(name: str) -> Build:
     return build
 
 
+def _moves(folder: Path) -> None:
+    (folder / "work").mkdir()
+    for name in ("models", "recipe.yml"):
+        (folder / name).rename(folder / "work" / name)
+
+
 _PARTS = {
     "a": {**one_tensor("v"), **one_tensor("w")},
     "b": one_tensor("v"),
@@ -73,6 +79,26 @@ FINDING = [
             "recipe.yml:5:5: no folder 'models/nowhere'; give the path of a model folder, or a hub name like org/model"
         ),
         meaning="Check the path: it is relative to the folder that the command runs in, not to the recipe's.",
+    ),
+    Case(
+        title="The folder is beside the recipe, and the command runs elsewhere",
+        build=_moves,
+        command="mergekit plan work/recipe.yml",
+        message=(
+            "work/recipe.yml:3:5: no folder 'models/a' here, but 'work/models/a' is there: paths in a recipe begin in "
+            "the current folder; run the command in work, or write the path from here"
+        ),
+        meaning="Paths are relative to the folder that the command runs in, not to the recipe's.",
+    ),
+    Case(
+        title="A model is meant, and a recipe is given",
+        build=lambda folder: None,
+        command="mergekit inspect recipe.yml",
+        message=(
+            "'recipe.yml' is a file, and a model is a folder; `mergekit plan recipe.yml` shows what a recipe would "
+            "make, `mergekit merge recipe.yml out` makes it"
+        ),
+        meaning="`inspect`, `verify`, `diff` and `report` look at models, `plan` and `explain` at recipes.",
     ),
     Case(
         title="A folder holds no weights",

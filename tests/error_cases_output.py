@@ -30,6 +30,16 @@ def _unfinished(folder: Path) -> None:
     path.write_text(path.read_text() + "dtype: float32\n")
 
 
+def _edited(folder: Path) -> None:
+    """A model with a full report, and a recipe that has changed since."""
+    from command import mergekit
+
+    assert mergekit("merge", "recipe.yml", "out").code == 0
+    (folder / "out/merge_report.html").write_text("everything")
+    with (folder / "out/mergekit_config.yml").open("a") as stream:
+        stream.write("# edited\n")
+
+
 @contextmanager
 def _locked() -> Iterator[None]:
     """Another process writes to ``out``."""
@@ -191,9 +201,25 @@ FOLDERS = [
         build=lambda folder: (folder / "out").mkdir(),
         command="mergekit report out",
         message=(
-            "out has neither merge_manifest.json nor merge_stats.json, which a report is made from; merge it again"
+            "out has neither merge_manifest.json nor merge_stats.json, which a report is made from: it was not merged "
+            "by mergekit, or they were left out; `mergekit inspect out` shows what it is"
         ),
         meaning="A model that mergekit did not make, or whose files were not kept.",
+    ),
+    Case(
+        title="A report would replace a fuller one",
+        build=_edited,
+        command="mergekit report out",
+        message=(
+            "out/merge_report.html knows more than a report that is made now: the recipe could not be planned again, "
+            "so parameters and the origins of layers are not known: out/mergekit_config.yml is not the recipe that the "
+            "model was made from: it changed since; run it where the recipe's paths lead to the models, or name "
+            "another file with -o"
+        ),
+        meaning=(
+            "Most often the command runs in another folder than the merge did, so that the models are not found. With "
+            "`-o` a report is written of what is known."
+        ),
     ),
     Case(
         title="The disk is too small",

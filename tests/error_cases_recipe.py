@@ -59,6 +59,39 @@ READING = [
         meaning="Mend the text at that line and column: mostly a bracket, a quote or the indentation.",
     ),
     Case(
+        title="The recipe is indented with a tab",
+        build=recipe("merge_method: linear\nmodels:\n\t- model: models/a\n"),
+        message="recipe.yml:3:1: not valid YAML: a tab stands where YAML takes spaces only; indent with spaces",
+        meaning="Most editors can be told to write spaces when the tab key is pressed.",
+    ),
+    Case(
+        title="A model is given where a recipe is meant",
+        build=lambda folder: None,
+        command="mergekit plan models/a",
+        message=(
+            "models/a: this is a model's folder, and a recipe is a file; `mergekit inspect models/a` shows what the "
+            "model is"
+        ),
+        meaning="Name the YAML file that lists the models.",
+    ),
+    Case(
+        title="The recipe is a folder",
+        build=lambda folder: None,
+        command="mergekit plan models",
+        message="models: this is a folder, and a recipe is a file; `mergekit new` writes one to start from",
+        meaning="Name the YAML file that lists the models.",
+    ),
+    Case(
+        title="Recipe and output are swapped",
+        build=lambda folder: None,
+        command="mergekit merge out recipe.yml",
+        message=(
+            "recipe.yml is a file; the recipe comes first, then the folder for the output: mergekit merge recipe.yml "
+            "out"
+        ),
+        meaning="Give them in the order of the message.",
+    ),
+    Case(
         title="The recipe is not a mapping",
         build=recipe("- models/a\n- models/b\n"),
         message="recipe.yml:1:1: a recipe is a mapping such as 'merge_method: linear'",
@@ -197,7 +230,10 @@ WORDS = [
     Case(
         title="A range goes beyond the model",
         build=recipe(SLICES % "0, 9"),
-        message="recipe.yml:4:27: layer_range [0, 9) is beyond models/a, with 3 layers",
+        message=(
+            "recipe.yml:4:27: layer_range [0, 9) is beyond models/a, with 3 layers; its last number, one past the last "
+            "layer, is 3 at most"
+        ),
         meaning="Lower the end of the range to the number of layers.",
     ),
     Case(

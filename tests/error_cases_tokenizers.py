@@ -52,7 +52,7 @@ FILES = [
         title="The model to compare is not there",
         build=lambda folder: None,
         command="mergekit tokenizer diff models/a ./nowhere",
-        message="no folder './nowhere' here",
+        message="no folder './nowhere'; give the path of a model folder, or a hub name like org/model",
         meaning="Check the path, or the hub name.",
     ),
     Case(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from command import assert_refused, mergekit, mergekit_yaml, refusal, warm_up
 from files import LAYERS, llama, read_safetensors, to_float, write_model, write_recipe
+from mergekit.errors import ModelNotFoundError
 from mergekit.recipe import load_recipe
 
 RECIPE = """
@@ -64,13 +65,24 @@ WORDS = {
     "unknown key": (RECIPE + "dtyp: float16", "r.yml:7:1: ", "Did you mean 'dtype'?"),
     "unknown key, nothing near": (RECIPE + "zzz: 1", "r.yml:7:1: ", "Valid: base_model, base_quantization, "),
     "unknown key of a model": (RECIPE.replace("parameters", "params", 1), "r.yml:4:3: ", "Did you mean 'parameters'?"),
-    "unknown key of a slice": (SLICES + "[0, 1]\n  weight: 3", "r.yml:6:3: ", "there is no 'weight' here"),
+    "unknown key of a slice": (SLICES + "[0, 1]\n  weight: 3", "r.yml:6:3: ", "put it under 'parameters'"),
     "unknown key of a source": (SLICES + "[0, 1]\n    layer-range: 3", "r.yml:6:5: ", "Did you mean 'layer_range'?"),
     "models and slices": (RECIPE + "slices:\n- sources:\n  - {model: a, layer_range: [0, 1]}", "keep one of them"),
     "nothing to merge": ("merge_method: linear", "give 'models' or 'slices'"),
     "empty models": ("merge_method: linear\nmodels: []", "give 'models' or 'slices'"),
     "models is text": ("merge_method: linear\nmodels: a", "r.yml:2:1: ", "expected a list, got 'a'"),
     "models is a mapping": ("merge_method: linear\nmodels: {a: 1}", "r.yml:2:1: ", "expected a list"),
+    "a parameter beside its model": (
+        "merge_method: ties\nmodels:\n  - model: a\n    density: 0.5", "r.yml:4:5: ", "put it under 'parameters'"
+    ),
+    "a parameter of no method beside its model": (
+        "merge_method: ties\nmodels:\n  - model: a\n    dens: 0.5", "r.yml:4:5: ", "there is no 'dens' here"
+    ),
+    "a parameter of all models beside them": ("merge_method: slerp\nmodels: [{model: a}]\nt: 1", "r.yml:3:1: ",
+                                              "'t' is a parameter; put it under 'parameters'"),
+    "a forgotten colon": ("merge_method: linear\nmodels:\n  - model models/a", "r.yml:3:5: ", "'model: models/a'"),
+    "a tab": ("merge_method: linear\nmodels:\n\t- model: a", "r.yml:3:1: ", "a tab", "indent with spaces"),
+    "a tab below spaces": ("a:\n  b: 1\n\tc: 2", "r.yml:3:1: ", "a tab", "indent with spaces"),
     "models of bare names": ("merge_method: linear\nmodels: [a, b]", "r.yml:2:10: ", "write 'model: a'"),
     "slices is a number": ("merge_method: linear\nslices: 3", "r.yml:2:1: ", "expected a list, got 3"),
     "slice is a number": ("merge_method: linear\nslices:\n- 3", "r.yml:3:3: ", "expected a mapping, got 3"),
@@ -292,13 +304,48 @@ def test_a_recipe_with_any_damage_is_read_or_refused(junk, at, cut):
 
 @pytest.mark.parametrize(("args", "phrase"), [
     (["nowhere.yml", "out"], "nowhere.yml: cannot read the recipe: No such file"),
-    (["a", "out"], "a: cannot read the recipe: Is a directory"),
+    (["a", "out"], "a: this is a model's folder, and a recipe is a file; `mergekit inspect a` shows what the model is"),
+    (["new", "out"], "new: this is a folder, and a recipe is a file; `mergekit new` writes one"),
+    (["new", "r.yml"], "r.yml is a file; the recipe comes first, then the folder for the output: mergekit merge r.yml"),
     (["/dev/null", "out"], "the recipe is empty"),
     (["/dev/zero", "out"], "too much for a recipe"),
 ])  # fmt: skip
 def test_recipes_that_are_no_files(args, phrase):
+    Path("new").mkdir()
+    Path("r.yml").write_text(RECIPE)
     assert_refused(mergekit_yaml(*args), 2, phrase)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("spelt", ["models/code", "./models/code", "models/code+adapter"])
+def test_paths_of_a_recipe_that_is_elsewhere(spelt, monkeypatch):
+    """The folder is beside the recipe and not here: that is said, and no hub is asked."""
+    monkeypatch.setattr("mergekit.hub.open_repository", lambda *args, **options: pytest.fail("the hub was asked"))
+    shutil.copytree("a", "work/models/code")
+    shutil.copytree("a", "work/models/code2")
+    Path("work/mine.yml").write_text(RECIPE.replace("model: b", f"model: {spelt}").replace("model: a", "model: org/x"))
+    refusal = mergekit("plan", "work/mine.yml")
+    phrases = ("work/mine.yml:6:3: no folder '", "but 'work/models/code' is there", "run the command in work")
+    assert_refused(refusal, 2, *phrases)
+    Path("work/mine.yml").write_text(RECIPE.replace("model: b", "model: models/no").replace("model: a", "model: x/y"))
+    monkeypatch.setattr("mergekit.hub.open_repository", refuse)
+    refusal = mergekit("plan", "work/mine.yml")
+    assert_refused(refusal, 2, "there is no folder 'x/y' in the current folder, and")
+
+
+def refuse(path, **options):
+    raise ModelNotFoundError(f"there is no model '{path}' on the hub")
+
+
+@pytest.mark.parametrize("args", ["inspect r.yml", "verify r.yml", "diff a r.yml", "report r.yml"])
+def test_recipes_for_models(args):
+    Path("r.yml").write_text(RECIPE)
+    refusal = mergekit(*args.split())
+    assert_refused(refusal, 2, "'r.yml' is a file, and a model is a folder; `mergekit plan r.yml` shows what a recipe")
+
+
+def test_a_report_of_what_was_not_merged():
+    assert_refused(mergekit("report", "a"), 2, "it was not merged by mergekit", "`mergekit inspect a` shows what it is")
 
 
 # Models
@@ -307,7 +354,7 @@ def test_recipes_that_are_no_files(args, phrase):
 MODELS = {
     "no such folder": ("model: ./nowhere", "no folder 'nowhere'", "give the path of a model folder"),
     "no such path": ("model: /nowhere/at/all", "no folder '/nowhere/at/all'", "give the path"),
-    "a file": ("model: ./a/config.json", "no folder 'a/config.json'", "give the path"),
+    "a file": ("model: ./a/config.json", "'a/config.json' is a file, and a model is a folder", "give the path"),
     "an empty folder": ("model: ./empty", "empty: no model.safetensors", "it holds no weights"),
     "other weights": ("model: ./odd", "no model.safetensors", "found x.safetensors, y.safetensors"),
     "a missing shard": ("model: ./torn", "1 of 2 shards are missing, first model-00002-of-00002", "download the model"),

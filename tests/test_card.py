@@ -133,7 +133,7 @@ def test_broken_front_matter_hands_nothing_down(text):
     [entry] = make(a="")
     Path("a/README.md").write_text(text)
     assert read_card(Path("a")) == InputCard(is_readable=False)
-    assert "a: its README.md can't be read, so it hands nothing down" in plan_of([entry]).notes
+    assert "a: its README.md can't be read, so no licence, language or tag is taken from it" in plan_of([entry]).notes
 
 
 @pytest.mark.parametrize("text", ["", "# only text", "---\n---\n", "---\n# nothing\n\n---\n", "---\n- a\n---\n"])

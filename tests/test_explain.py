@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import command
 import mergekit
@@ -78,6 +79,18 @@ def test_every_value_has_its_origin(recipe):
     assert found.unused == (("r.yml:17:7", "density"),)
 
 
+def read_place(path: Path, place: str) -> tuple[str, str, object]:
+    """The key that ``place`` points at, the parameter that it belongs to, and the value behind it."""
+    name, line, column = place.rsplit(":", 2)
+    assert name == str(path)
+    lines = path.read_text().splitlines()
+    at = sum(len(text) + 1 for text in lines[: int(line) - 1]) + int(column) - 1
+    before, rest = "\n".join(lines)[:at], "\n".join(lines)[at:]
+    key, value = re.match(r"(\w+): *(\[[^\]]*\]|[^\s,}#]+)", rest).groups()
+    above = [word for word in re.findall(r"(\w+):", before) if word not in ("filter", "value")]
+    return key, above[-1] if key == "value" else key, yaml.safe_load(value)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yml")), ids=lambda p: p.name)
 def test_values_are_those_of_the_plan(path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -91,8 +104,10 @@ def test_values_are_those_of_the_plan(path, monkeypatch):
         for setting in found.of(output.name):
             told.setdefault(setting.parameter, []).append(setting.value)
             if setting.place is not None:
-                line = path.read_text().splitlines()[int(setting.place.rsplit(":", 2)[1]) - 1]
-                assert setting.parameter in line or "value" in line
+                key, owner, written = read_place(path, setting.place)
+                assert owner == setting.parameter, setting
+                assert key in (setting.parameter, "value"), setting
+                assert isinstance(written, list) or written == setting.value, setting
         for name, value in planned.items():
             assert told[name] == (list(value) if isinstance(value, tuple) else [value])
 
@@ -111,6 +126,7 @@ def test_the_command(recipe):
     assert list(record["tensors"]) == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
     command.assert_refused(command.mergekit("explain", recipe, "--tensor", "modl.norm.weight"), 2, "Did you mean")
     command.assert_refused(command.mergekit("explain", recipe, "--tensor", "zzz"), 2, "Without --tensor all are listed")
+    command.assert_refused(command.mergekit("explain", recipe, "--tensor", "qkv_proj"), 2, "Did you mean 'q_proj'?")
     command.assert_refused(command.mergekit("explain", "none.yml"), 2, "none.yml")
 
 
@@ -123,8 +139,6 @@ def test_ranges_are_those_of_all_values(recipe):
 
 
 def test_recipes_without_places(recipe):
-    import yaml
-
     found = explain(yaml.safe_load(RECIPE))
     assert of(found, "model.norm.weight", "lambda") == [(None, 2.0, "recipe.parameters.lambda", "")]
     with pytest.raises(UsageError):

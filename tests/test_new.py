@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import yaml
 
 import command
+import files
 import mergekit
+from hostile.stage import tokenizer
 from mergekit.api.compare import diff
 from mergekit.api.draft import draft
 from mergekit.api.new import new_recipe, write_recipe
@@ -84,7 +87,32 @@ def test_models_of_which_no_merge_comes(folders, tmp_path):
 def test_other_vocabularies_are_united():
     made = new_recipe([str(ROOT / "models/code"), str(ROOT / "models/calc")])
     assert "tokenizer_source" not in made.text
-    assert "tokenizer_source: union" in draft(["a", "b"], tokenizer="union").text
+
+
+def test_other_tokens_and_other_ids_are_united(tmp_path):
+    """One model has another token, or the same tokens under other ids."""
+    first, other, moved = (small_model(tmp_path / name, seed) for seed, name in enumerate(("m", "other", "moved")))
+    same = new_recipe([str(first), str(other)], method="linear")
+    assert "tokenizer_source" not in same.text
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer("zz")))
+    swapped = tokenizer()
+    ids = swapped["model"]["vocab"]
+    ids["x"], ids["y"] = ids["y"], ids["x"]
+    (moved / "tokenizer.json").write_text(json.dumps(swapped))
+    for model in (other, moved):
+        made = new_recipe([str(first), str(model)], method="linear")
+        assert yaml.safe_load(made.text)["tokenizer_source"] == "union"
+        assert "# the models' vocabularies differ" in made.text
+    united = tmp_path / "united"
+    mergekit.run_merge(yaml.safe_load(new_recipe([str(first), str(other)], method="linear").text), united)
+    assert {"zz", "cab"} <= set(json.loads((united / "tokenizer.json").read_text())["model"]["vocab"])
+
+
+def small_model(folder: Path, seed: int) -> Path:
+    """A model with a tokenizer."""
+    files.write_model(folder, seed)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()))
+    return folder
 
 
 def test_names_are_quoted_where_yaml_needs_it():
@@ -142,21 +170,106 @@ def test_the_command_without_a_terminal(folders):
     command.assert_refused(command.mergekit("new", *others, "-o", "no/such/folder.yml", "--no-look"), 2, "cannot write")
 
 
-def test_the_questions(folders, monkeypatch):
-    """A terminal answers: wrong names are asked for again, and so is a method that can't take the models."""
-    answers = iter([folders[0], "none", folders[1], folders[2], "", "y", "slerp", "ties", "asked.yml"])
-    monkeypatch.setattr(
-        "sys.stdin",
-        type("Terminal", (), {"isatty": lambda self: True})(),
-    )
-    monkeypatch.setattr("click.termui.visible_prompt_func", lambda text: next(answers))
-    done = command.mergekit("new")
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal at which ``ask(answers, *arguments)`` runs the command; an answer may be an exception."""
+
+    def ask(answers: list, *arguments: str) -> command.Result:
+        rest = iter(answers)
+
+        def answer(question: str) -> str:
+            given = next(rest)
+            if isinstance(given, BaseException):
+                raise given
+            return given
+
+        monkeypatch.setattr("click.termui.visible_prompt_func", answer)
+        monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+        done = command.mergekit("new", *arguments)
+        assert next(rest, None) is None, done.err
+        return done
+
+    return ask
+
+
+def test_the_questions(folders, terminal):
+    """Wrong names are asked for again, and so is a method that can't take the models."""
+    done = terminal([folders[0], "none", folders[1], folders[2], "", "y", "slerp", "ties", "asked.yml"])
     assert done.code == 0, done.err
     recipe = yaml.safe_load(Path("asked.yml").read_text())
     assert (recipe["merge_method"], recipe["base_model"]) == ("ties", folders[0])
-    assert "no folder 'none'" in done.err or "none" in done.err
+    assert "  there is no folder 'none' in the current folder, and" in done.err
     assert "'slerp' does not fit 3 models" in done.err
-    assert next(answers, None) is None
+    assert "suggested: task_arithmetic" in done.err
+
+
+def test_questions_of_too_few_models_and_of_one_twice(folders, terminal):
+    base, one, other, _ = folders
+    done = terminal(["", one, "", one, f"./{one}", other, "", "n", "linear", "a.yml"])
+    assert done.code == 0, done.err
+    assert [entry["model"] for entry in yaml.safe_load(Path("a.yml").read_text())["models"]] == [one, other]
+    assert done.err.count("give two models or more, or a base and one model that was made from it") == 1
+    assert f"  {one} is named already; name another" in done.err
+    assert f"  ./{one} is named already; name another" in done.err
+    done = terminal(["", base, one, "", "n", "task_arithmetic", "b.yml"], "--base", base)
+    assert done.code == 0, done.err
+
+
+def test_questions_about_a_file_that_cannot_be_written(folders, terminal):
+    """No answer is lost: another file is asked for, and what is there is not offered."""
+    Path("recipe.yml").write_text("mine")
+    done = terminal([folders[0], folders[1], "", "n", "slerp", "recipe.yml", "no/such/folder.yml", "recipe-2.yml"])
+    assert done.code == 0, done.err
+    assert Path("recipe.yml").read_text() == "mine"
+    assert "  recipe.yml is there already\n" in done.err
+    assert "  cannot write no/such/folder.yml: No such file or directory\n" in done.err
+    assert Path("recipe-2.yml").read_text() == done.out
+    done = terminal([folders[0], folders[1], "", "n", "slerp", "./other.yml"], "-o", "no/such/folder.yml")
+    assert Path("other.yml").read_text() == done.out
+    command.assert_refused(terminal([], "-o", "recipe.yml"), 2, "recipe.yml is there already; choose another name")
+
+
+def test_questions_about_strangers(folders, terminal, tmp_path):
+    """Nothing is suggested for models that nothing fits: the method is asked for, without a default and options."""
+    import numpy as np
+
+    for seed, name in enumerate("xy"):
+        write_model(tmp_path / name, {"a.weight": np.random.default_rng(seed).standard_normal((23, 29))})
+    done = terminal(["", "x", "y", "", "y", "", "ties", "linear", "a.yml"])
+    assert done.code == 0, done.err
+    assert yaml.safe_load(Path("a.yml").read_text())["merge_method"] == "linear"
+    assert "no method is suggested" in done.err
+    assert "\nsuggested:" not in done.err
+    assert "--" not in done.err
+    assert "'ties' needs the model that the others were made from\n" in done.err
+    assert "method: linear" in done.err
+
+
+def test_questions_that_are_not_answered(folders, terminal):
+    for stop in (KeyboardInterrupt(), EOFError()):
+        done = terminal([folders[0], stop])
+        assert done.code == 130
+        assert done.err.endswith("\n\ninterrupted\n"), "the prompt's line ends first"
+
+
+def test_a_method_that_was_chosen_is_not_suggested(folders, terminal):
+    base, *others = folders
+    for done in (
+        command.mergekit("new", *others, "--base", base, "--method", "ties", "-o", "a.yml"),
+        terminal([*others, "", "y", "b.yml"], "--base", base, "--method", "ties"),
+    ):
+        assert done.code == 0, done.err
+        assert "method: ties" in done.err
+        assert "suggested" not in done.err
+
+
+@pytest.mark.parametrize(("columns", "most"), [("60", 60), ("300", 100)])
+def test_sentences_are_folded(folders, monkeypatch, columns, most):
+    monkeypatch.setenv("COLUMNS", columns)
+    done = command.mergekit("new", *folders[1:], "--base", folders[0])
+    shown = [line for line in done.err.splitlines() if line.startswith(("* ", "  "))]
+    assert any(line.startswith("  ") for line in shown)
+    assert most - 20 < max(map(len, shown)) <= most
 
 
 def test_errors_are_ours(folders):

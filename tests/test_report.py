@@ -205,6 +205,36 @@ def test_a_folder_whose_models_are_gone_tells_what_it_knows(merged, tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_a_full_report_is_not_replaced_by_a_poorer_one(merged, tmp_path, monkeypatch):
+    """From another folder the recipe's paths lead nowhere."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(merged / "out", tmp_path / "out")
+    recipe = tmp_path / "out" / "mergekit_config.yml"
+    recipe.write_text(recipe.read_text() + "# edited\n")
+    full = (tmp_path / "out" / REPORT).read_text()
+    assert_refused(run("report", "out"), 2, f"out/{REPORT} knows more", "the recipe's paths lead to the models", "-o")
+    assert (tmp_path / "out" / REPORT).read_text() == full
+    other = run("report", "out", "-o", "poor.html")
+    assert (other.code, other.out) == (0, "poor.html\n")
+    assert other.lines("warning")[0].startswith("warning: The recipe could not be planned again")
+    (tmp_path / "out" / REPORT).write_text(Path("poor.html").read_text())
+    assert run("report", "out").code == 0, "as poor as what is there"
+
+
+def test_where_pages_are_is_said(merged, monkeypatch):
+    monkeypatch.chdir(merged)
+    assert f"wrote said/{REPORT}" in run("merge", "r.yml", "said", "--report").err
+    assert "wrote p.html" in run("plan", "r.yml", "--html", "p.html").err
+    events = run("merge", "r.yml", "events", "--report", "--json").out.splitlines()
+    assert json.loads(events[-1])["report"] == f"events/{REPORT}"
+    assert "report" not in json.loads(run("merge", "r.yml", "bare", "--json").out.splitlines()[-1])
+    for quiet in (
+        run("merge", "r.yml", "quiet", "--report", "--quiet"),
+        run("plan", "r.yml", "--html", "q.html", "--quiet"),
+    ):
+        assert ".html" not in quiet.err
+
+
 def test_stacks_say_where_layers_come_from(tmp_path):
     folders = [write_model(tmp_path / name, seed) for seed, name in enumerate("ab")]
     slices = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit.api.merge import load_methods, plan_options
 from mergekit.api.options import RunOptions
-from mergekit.errors import UsageError, nearest
+from mergekit.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit.planning.explain import Explanation
@@ -35,6 +35,8 @@ def matching(explanation: Explanation, text: str) -> list[str]:
     names = [output.name for output in explanation.plan.outputs]
     found = [text] if text in names else [name for name in names if text in name]
     if not found:
-        hint = nearest(text, names[:1000]) if get_close_matches(text, names[:1000], 1) else ""
+        parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+        near = [like for known in (names[:1000], parts) if (like := get_close_matches(text, known, 1))]
+        hint = f"Did you mean '{near[0][0]}'?" if near else ""
         raise UsageError(f"the result has no tensor '{text}'. {hint or 'Without --tensor all are listed.'}")
     return found

@@ -12,7 +12,7 @@ __all__ = ["MergedModel"]
 
 _FIGURES = {
     "sign_conflict": "where two models or more changed a weight, they disagree on the sign in {:.1%} of the places",
-    "survival": "after rounding, {:.1%} of the change are left",
+    "survival": "after rounding, {:.1%} of the change is left",
 }
 """What of the summary in merge_stats.json is told, and how."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from mergekit.api.pages import check_page, write_page
 from mergekit.api.reproduce import plan_of_folder
 from mergekit.api.run import title_of
 from mergekit.errors import MergekitError, ModelNotFoundError, RunError, UsageError
+from mergekit.refs import no_folder
 
 if TYPE_CHECKING:
     from mergekit.output.manifest import Manifest
@@ -18,12 +20,25 @@ if TYPE_CHECKING:
 __all__ = ["report_model", "report_plan"]
 
 
-def report_model(folder: Path, options: RunOptions | None = None, out: Path | None = None) -> Path:
+_NO_MANIFEST = "There is no merge_manifest.json here, so parameters and provenance are not known"
+_NOT_PLANNED = "The recipe could not be planned again, so parameters and the origins of layers are not known"
+_GAPS = (_NO_MANIFEST, _NOT_PLANNED)
+"""What a report lacks."""
+
+
+def report_model(
+    folder: Path,
+    options: RunOptions | None = None,
+    out: Path | None = None,
+    *,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Write the report of the merged model in ``folder`` to ``out`` (default: merge_report.html in it); its path.
 
     It is made from the small files there. What the recipe decides for each tensor comes from planning it again, from
-    the headers of the models; where they are gone or changed, the report says so and goes without. Of ``options`` those
-    that don't change a result are used. UsageError if nothing there tells of a merge, CheckpointError for damage.
+    the headers of the models; where they are gone or changed, the report goes without, says so, and tells ``warn``. Of
+    ``options`` those that don't change a result are used. UsageError if nothing there tells of a merge, or if without
+    ``out`` a report would be replaced that knows more; CheckpointError for damage.
     """
     from mergekit.output.manifest import MANIFEST, read_manifest
     from mergekit.output.report import REPORT, ROUTING, check_drawable, page, report_data
@@ -31,16 +46,26 @@ def report_model(folder: Path, options: RunOptions | None = None, out: Path | No
 
     check_drawable()
     if not folder.is_dir():
-        raise ModelNotFoundError(f"no folder '{folder}'; give the folder of a merged model")
+        raise ModelNotFoundError(no_folder(str(folder), "give the folder of a merged model"))
     manifest = read_manifest(folder)
     if manifest is None and not (folder / STATS).is_file():
-        raise UsageError(f"{folder} has neither {MANIFEST} nor {STATS}, which a report is made from; merge it again")
+        raise UsageError(
+            f"{folder} has neither {MANIFEST} nor {STATS}, which a report is made from: it was not merged by mergekit, "
+            f"or they were left out; `mergekit inspect {folder}` shows what it is"
+        )
     path = out or folder / REPORT
     check_page(path)
     names = [STATS, MANIFEST, ROUTING, "config.json", *([manifest.recipe_name] if manifest else [])]
     documents = {name: _text(folder / name) for name in names if (folder / name).is_file()}
     plan, gaps = _plan(folder, manifest, options or RunOptions())
-    write_page(path, page(report_data(title_of(folder), documents, plan, gaps)))
+    if gaps and out is None and path.is_file() and not any(text in _text(path) for text in _GAPS):
+        raise UsageError(
+            f"{path} knows more than a report that is made now: {gaps[0][0].lower()}{gaps[0][1:]}; run it where the "
+            f"recipe's paths lead to the models, or name another file with -o"
+        )
+    for gap in gaps:
+        warn(gap)
+    write_page(path, page(report_data(title_of(folder), documents, plan, [f"{gap}." for gap in gaps])))
     return path
 
 
@@ -56,7 +81,7 @@ def report_plan(plan: Plan, out: Path, title: str) -> Path:
 def _plan(folder: Path, manifest: Manifest | None, options: RunOptions) -> tuple[Plan | None, list[str]]:
     """The plan of a model if it can be made again, else why not."""
     if manifest is None:
-        return None, ["There is no merge_manifest.json here, so parameters and provenance are not known."]
+        return None, [_NO_MANIFEST]
     try:
         plan, faults = plan_of_folder(folder, manifest, options)
     except MergekitError as error:
@@ -65,8 +90,7 @@ def _plan(folder: Path, manifest: Manifest | None, options: RunOptions) -> tuple
         from mergekit.output.paths import without_paths
 
         return None, [
-            f"The recipe could not be planned again, so parameters and the origins of layers are not known: "
-            f"{without_paths(fault, None)}." for fault in faults[:1]
+            f"{_NOT_PLANNED}: {without_paths(fault, None)}" for fault in faults[:1]
         ]  # fmt: skip
     return plan, []
 

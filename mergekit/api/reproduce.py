@@ -14,6 +14,7 @@ from mergekit.api.options import RunOptions
 from mergekit.api.run import kernels_for, weighted
 from mergekit.api.verify import Checksums, Verification
 from mergekit.errors import CheckpointError, ModelNotFoundError, UsageError, some_of
+from mergekit.refs import no_folder
 from mergekit.version import __version__
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def reproduce_model(
     from mergekit.output.manifest import read_manifest
 
     if not folder.is_dir():
-        raise ModelNotFoundError(f"no folder '{folder}'; give the folder of a merged model")
+        raise ModelNotFoundError(no_folder(str(folder), "give the folder of a merged model"))
     manifest = read_manifest(folder)
     if manifest is None:
         raise UsageError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit.checkpoint.json_text import parse_json
 from mergekit.errors import CheckpointError, ModelNotFoundError
-from mergekit.refs import but_folder
+from mergekit.refs import no_folder
 
 __all__ = ["WEIGHT_SUFFIXES", "find_weights", "is_weight_file", "read_config", "read_json", "read_weight_map"]
 
@@ -56,9 +56,7 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     folder without either but with exactly one safetensors file is taken to hold its weights there.
     """
     if not folder.is_dir():
-        but = but_folder(str(folder))
-        advice = "give the path of a model folder, or a hub name like org/model"
-        raise ModelNotFoundError(f"no folder '{folder}'{but}; {advice}")
+        raise ModelNotFoundError(no_folder(str(folder)))
     for name in _CANDIDATES:
         index = folder / f"{name}.index.json"
         if index.is_file():

@@ -219,6 +219,8 @@ def _other(error: Exception) -> int:
 
     if isinstance(error, click.exceptions.Abort):
         stop = error.__cause__  # click's word for an interrupt
+        if stop is None and not as_events():  # at a prompt, on whose line the message would go on
+            say()
         _interrupted(_INTERRUPTED, str(stop) if isinstance(stop, KeyboardInterrupt) else "")
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code

@@ -6,14 +6,13 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import click
 
 from mergekit.cli.boundary import plain, say
 from mergekit.cli.progress import downloads, progress
-from mergekit.cli.show import size, sparkline, table
+from mergekit.cli.show import listed, size, sparkline, table
 
 if TYPE_CHECKING:
     from mergekit.api.comparison import Comparison, Figures
@@ -91,15 +90,10 @@ def comparison_lines(comparison: Comparison, *, layers: bool = False, tensors: b
         lines += ["", *_parts(comparison, "tensor", comparison.by_tensor().items())]
     if comparison.spectra:
         lines += ["", *_ranks(comparison)]
-    lines += ["", *_listed([*reading(comparison), *comparison.remarks])]
+    lines += ["", *listed([*reading(comparison), *comparison.remarks])]
     advice = advise(comparison)
     lines += ["", f"try {advice.method}:" if advice.method else "no merge of weights to try:"]
-    return lines + _listed(advice.reasons)
-
-
-def _listed(sentences: Iterable[str]) -> list[str]:
-    """Sentences as a list, folded."""
-    return [line for text in sentences for line in wrap(text, 100, initial_indent="* ", subsequent_indent="  ")]
+    return lines + listed(advice.reasons)
 
 
 def _roles(comparison: Comparison) -> list[str]:

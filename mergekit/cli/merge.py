@@ -17,6 +17,8 @@ from mergekit.errors import UsageError
 from mergekit.options import add_merge_options
 from mergekit.version import __version__
 
+_YAML = (".yml", ".yaml")
+
 
 @click.command(
     "merge", cls=MergeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -44,6 +46,11 @@ def merge_recipe(recipe: str | dict[str, Any], out_path: str, dry_run: bool, mer
     options = merge_options.run_options()
     if not out_path:
         raise UsageError("OUT_PATH is empty; give a folder for the output")
+    if isinstance(recipe, str) and Path(out_path).is_file() and out_path.endswith(_YAML) and not recipe.endswith(_YAML):
+        raise UsageError(
+            f"{out_path} is a file; the recipe comes first, then the folder for the output: "
+            f"mergekit merge {out_path} {recipe}"
+        )
     api.check_writable(Path(out_path), options)
     quiet = merge_options.quiet
     with downloads(shown=not quiet) as told:
@@ -58,7 +65,7 @@ def merge_recipe(recipe: str | dict[str, Any], out_path: str, dry_run: bool, mer
         remarks = api.run_plan(plan, Path(out_path), options, meter.hooks())
     for text in remarks:
         tell("warning", text)
-    conclude(plan, out_path, time.monotonic() - started, quiet=quiet)
+    conclude(plan, out_path, time.monotonic() - started, report=options.report, quiet=quiet)
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def moe(
     if merge_options.verbosity and not quiet and not as_events():
         say("\n".join(plan_lines(made.plan, options)))
     _execute(made, Path(out_path), options, choices, quiet)
-    conclude(made.plan, out_path, time.monotonic() - started, quiet=quiet)
+    conclude(made.plan, out_path, time.monotonic() - started, report=options.report, quiet=quiet)
 
 
 def _execute(made: MoePlan, out: Path, options: Any, choices: Any, quiet: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit.cli.boundary import plain, tell
+from mergekit.cli.boundary import plain, say, tell
 from mergekit.cli.help import MergeCommand
 from mergekit.cli.show import size
 from mergekit.options import add_merge_options
@@ -44,9 +44,11 @@ def plan(config_file: str, as_json: bool, html: Path | None, merge_options: Any)
         from mergekit.planning.describe import describe
 
         click.echo(json.dumps({**describe(made), "memory": api.memory(made, options)}, indent=1))
-        return
-    click.echo("\n".join(plan_lines(made, options)))
-    report(made, notes=() if merge_options.quiet else [*merge_options.given_without_effect(), *made.notes])
+    else:
+        click.echo("\n".join(plan_lines(made, options)))
+        report(made, notes=() if merge_options.quiet else [*merge_options.given_without_effect(), *made.notes])
+    if html and not merge_options.quiet:
+        say(f"wrote {html}")
 
 
 def report(plan: Plan, *, notes: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit.cli.boundary import plain
+from mergekit.cli.boundary import plain, tell
 
 
 @click.command("report", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -18,9 +18,11 @@ def report(folder: str, out: Path | None, transformers_cache: Path | None, metho
     """Write a page about the merged model in FOLDER, to open in a browser: it loads nothing and needs no network.
 
     It tells what merge_stats.json, merge_manifest.json and the recipe in FOLDER say. If the models are where the recipe
-    says, looked for from the current folder, it also shows which layers and parameters each tensor was made of.
+    says, looked for from the current folder, it also shows which layers and parameters each tensor was made of. A
+    report that shows them is not replaced by one that does not, unless -o names its file.
     """
     from mergekit.api import RunOptions, report_model
 
     options = RunOptions(cache_dir=transformers_cache, method_files=method_file)
-    click.echo(plain(str(report_model(Path(folder), options, out))))
+    path = report_model(Path(folder), options, out, warn=lambda text: tell("warning", text))
+    click.echo(plain(str(path)))

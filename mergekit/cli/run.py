@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,18 @@ def announce(plan: Plan, options: Any, *, dry_run: bool, quiet: bool) -> None:
         )
 
 
-def conclude(plan: Plan, out: str, seconds: float, *, quiet: bool) -> None:
-    """The last word: where the model is, how long it took, how to load it."""
+def conclude(plan: Plan, out: str, seconds: float, *, report: bool, quiet: bool) -> None:
+    """The last word: where the model is and its ``report``, if it has one; how long it took, how to load it."""
+    from mergekit.output.report import REPORT
+
+    page = os.path.join(out, REPORT)
+    pages = {"report": page} if report and os.path.isfile(page) else {}  # none in a folder that was complete already
     if as_events():
-        event("done", out=out, seconds=round(seconds, 3), parameters=plan.parameters, bytes=plan.bytes_written)
+        event("done", out=out, seconds=round(seconds, 3), parameters=plan.parameters, bytes=plan.bytes_written, **pages)
     elif not quiet:
         say(f"wrote {out}: {plan.parameters:,} parameters, {size(plan.bytes_written)}, in {seconds:.1f} s")
+        for path in pages.values():
+            say(f"wrote {path}, to open in a browser")
         if plan.config:
             from mergekit.families.config import loading
 

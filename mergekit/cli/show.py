@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
+from textwrap import wrap
 
-__all__ = ["duration", "size", "sparkline", "table"]
+__all__ = ["duration", "folded", "listed", "size", "sparkline", "table"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -59,3 +61,22 @@ def sparkline(values: Sequence[float], top: float, most: int = 32) -> str:
     step = -(-len(values) // most) or 1
     means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
     return "".join(_BARS[min(int(mean / top * len(_BARS)), len(_BARS) - 1) if top > 0 else 0] for mean in means)
+
+
+def folded(text: str, first: str = "", rest: str = "") -> list[str]:
+    """``text`` in lines no wider than the terminal, nor than 100 signs, which begin with ``first`` and ``rest``.
+
+    Names stay whole, however long. Without a terminal the lines are of 100 signs.
+    """
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    return wrap(text, max(width, 20), initial_indent=first, subsequent_indent=rest, break_long_words=False,
+                break_on_hyphens=False)  # fmt: skip
+
+
+def listed(sentences: Iterable[str]) -> list[str]:
+    """Sentences as a list, folded.
+
+    >>> listed(["One.", "Two."])
+    ['* One.', '* Two.']
+    """
+    return [line for text in sentences for line in folded(text, "* ", "  ")]

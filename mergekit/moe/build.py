@@ -83,6 +83,7 @@ def build_moe_plan(recipe: MoeRecipe, target: Target, options: PlanOptions) -> M
         recipe.references(),
         config.base_model,
         place=lambda reference: recipe.text.place(recipe.path_of(reference)),
+        recipe=recipe.text.file,
         base_quantization=config.base_quantization,
         cache_dir=options.cache_dir,
         told=options.told,

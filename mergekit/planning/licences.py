@@ -52,7 +52,9 @@ def licence_warnings(cards: InputCards) -> list[str]:
 def licence_notes(cards: InputCards) -> list[str]:
     """What the one licence of all inputs asks for, and which cards, or what they say of it, could not be read."""
     notes = [
-        f"{name}: its README.md can't be read, so it hands nothing down" for name, c in cards.cards if not c.is_readable
+        f"{name}: its README.md can't be read, so no licence, language or tag is taken from it"
+        for name, c in cards.cards
+        if not c.is_readable
     ]
     notes += [
         f"{name}: the licence in its README.md is none of the hub's names, so it is left out; read it there"

@@ -10,12 +10,12 @@ from mergekit.adapters import Adapter, open_adapter
 from mergekit.adapters.adapter import WEIGHTS
 from mergekit.checkpoint import Checkpoint, open_checkpoint
 from mergekit.errors import HubError, ModelNotFoundError
-from mergekit.refs import ModelPath, ModelReference, but_folder
+from mergekit.refs import ModelPath, ModelReference, but_folder, no_folder
 
 if TYPE_CHECKING:
     from mergekit.downloads import Told
 
-__all__ = ["Locator", "is_folder", "reference_of", "small_folder"]
+__all__ = ["Locator", "is_folder", "reference_of", "refuse_misplaced", "small_folder"]
 
 
 def reference_of(text: str) -> ModelReference:
@@ -32,6 +32,24 @@ def _is_folder(path: ModelPath) -> bool:
     from mergekit.hub import is_local
 
     return os.path.isdir(os.path.expanduser(path.path)) or is_local(path)
+
+
+def refuse_misplaced(reference: ModelReference, recipe: Path) -> None:
+    """ModelNotFoundError if a path of the file ``recipe`` leads nowhere from here, but from where the file is.
+
+    A name with a revision is one on the hub.
+    """
+    for path in filter(None, (reference.model, reference.lora)):
+        there = recipe.parent / path.path
+        if path.revision is None and not os.path.exists(os.path.expanduser(path.path)) and os.path.isdir(there):
+            raise ModelNotFoundError(
+                f"no folder '{path.path}' here, but '{there}' is there: paths in a recipe begin in the current folder; "
+                f"run the command in {recipe.parent}, or write the path from here"
+            )
+
+
+def _nowhere(path: ModelPath) -> str:
+    return f"there is no folder '{path.path}' in the current folder{but_folder(path.path)}, and "
 
 
 class Locator:
@@ -60,7 +78,7 @@ class Locator:
 
     def explain(self, path: ModelPath) -> str:
         """What to say before a fault of the hub, for a path that might have been meant as a folder."""
-        return "" if _is_folder(path) else f"there is no folder '{path.path}' here{but_folder(path.path)}, and "
+        return "" if _is_folder(path) else _nowhere(path)
 
     def _open_checkpoint(self, path: ModelPath) -> Checkpoint:
         from mergekit import hub
@@ -104,10 +122,9 @@ def small_folder(path: ModelPath, cache_dir: Path | None) -> Path:
     if _is_folder(path):
         folder = Path(os.path.expanduser(path.path))
         if not folder.is_dir():
-            raise ModelNotFoundError(f"no folder '{path.path}' here{but_folder(path.path)}")
+            raise ModelNotFoundError(no_folder(path.path))
         return folder
     try:
         return hub.fetch_small(hub.open_repository(path, cache_dir=cache_dir))
     except (ModelNotFoundError, HubError) as error:
-        but = but_folder(path.path)
-        raise type(error)(f"there is no folder '{path.path}' here{but}, and {error}") from None
+        raise type(error)(f"{_nowhere(path)}{error}") from None

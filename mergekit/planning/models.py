@@ -16,7 +16,7 @@ from mergekit.errors import HubError, IncompatibleError, MergekitError, ModelNot
 from mergekit.families.config import is_tied
 from mergekit.families.layout import Layout, infer_layout, is_embedding, is_head
 from mergekit.planning.adapted import Change, FourBit, adapt
-from mergekit.planning.locate import Locator, is_folder
+from mergekit.planning.locate import Locator, is_folder, refuse_misplaced
 from mergekit.refs import ModelPath, ModelReference
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def open_models(
     base: ModelReference | None = None,
     *,
     place: Callable[[ModelReference], str | None] = lambda reference: None,
+    recipe: Path | None = None,
     base_quantization: str = "none",
     cache_dir: Path | None = None,
     told: Told = lambda model, done, total: None,
@@ -113,9 +114,9 @@ def open_models(
 ) -> Models:
     """Open ``references`` in this order, adapters included.
 
-    ``place`` says where a recipe names a model; faults point there. ``base_quantization``: to what 4-bit numbers the
-    models below adapters are quantised first. With ``fetch=False`` hub weights are planned from their headers.
-    ``told`` hears of downloads.
+    ``place`` says where a recipe names a model; faults point there. ``recipe`` is its file. ``base_quantization``: to
+    what 4-bit numbers the models below adapters are quantised first. With ``fetch=False`` hub weights are planned from
+    their headers. ``told`` hears of downloads.
     """
     locator = Locator(cache_dir=cache_dir, told=told, fetch=fetch)
     models: list[Model] = []
@@ -126,6 +127,12 @@ def open_models(
     def fault(error: MergekitError, text: str = "") -> MergekitError:
         return type(error)(f"{place(reference)}: {text}{error}" if place(reference) else f"{text}{error}")
 
+    if recipe is not None:  # before the hub is asked for any of them
+        for reference in references:
+            try:
+                refuse_misplaced(reference, recipe)
+            except ModelNotFoundError as error:
+                raise fault(error) from None
     for reference in references:
         path = reference.model
         try:
@@ -174,6 +181,7 @@ def open_recipe(
         recipe.config.referenced_models(),
         recipe.config.base_model,
         place=lambda reference: recipe.text.place(_path_of(recipe, reference)),
+        recipe=recipe.text.file,
         base_quantization=recipe.config.base_quantization,
         cache_dir=cache_dir,
         told=told,

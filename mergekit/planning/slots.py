@@ -190,8 +190,10 @@ class _Finder:
             if model.layout.main is None:
                 raise IncompatibleError(f"{model.reference}: no numbered layers found, so it can't be sliced")
             if end > model.layout.main.count:
+                count = model.layout.main.count
                 raise self.recipe.fault(
-                    f"layer_range [{start}, {end}) is beyond {model.reference}, with {model.layout.main.count} layers",
+                    f"layer_range [{start}, {end}) is beyond {model.reference}, with {count} layers; its last number, "
+                    f"one past the last layer, is {count} at most",
                     *path, "sources", j, "layer_range",
                 )  # fmt: skip
             lengths.append(end - start)

@@ -37,6 +37,11 @@ class RecipeText:
     node: yaml.Node | None
     duplicates: tuple[str, ...] = ()
 
+    @property
+    def file(self) -> Path | None:
+        """The file that it was read from, or None."""
+        return None if self.node is None else Path(self.name)
+
     def place(self, path: Sequence[str | int]) -> str:
         """``file:line:column`` of the node at ``path``, or of the nearest node above it that exists.
 
@@ -92,8 +97,7 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
             with source.open("rb") as stream:
                 raw = stream.read(_MAX_BYTES + 1)
         except OSError as error:
-            advice = _NEW if isinstance(error, FileNotFoundError | IsADirectoryError) else ""
-            raise RecipeError(f"cannot read the recipe: {error.strerror or error}{advice}", place=name) from None
+            raise RecipeError(_unread(source, error), place=name) from None
         if len(raw) > _MAX_BYTES:
             raise RecipeError(f"more than {_MAX_BYTES >> 20} MiB are too much for a recipe", place=name)
         try:
@@ -115,7 +119,7 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         place = _at(name, error.problem_mark or error.context_mark)
-        raise RecipeError(f"not valid YAML: {_explain(error)}", place=place) from None
+        raise RecipeError(f"not valid YAML: {_explain(error, text)}", place=place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", place=name) from None
     if value is None:
@@ -125,8 +129,21 @@ def read_recipe_text(source: str | Path, name: str | None = None) -> RecipeText:
     return RecipeText(name, text, value, node, check.duplicates())
 
 
-def _explain(error: yaml.MarkedYAMLError) -> str:
+def _unread(path: Path, error: OSError) -> str:
+    """Why there is no recipe at ``path``, and what to do."""
+    if (path / "config.json").is_file():
+        return f"this is a model's folder, and a recipe is a file; `mergekit inspect {path}` shows what the model is"
+    if path.is_dir():
+        return f"this is a folder, and a recipe is a file{_NEW}"
+    return f"cannot read the recipe: {error.strerror or error}{_NEW if isinstance(error, FileNotFoundError) else ''}"
+
+
+def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
     """What the YAML reader says, with the place where the construct in question begins (an unclosed bracket)."""
+    at = error.problem_mark
+    lines = text.split("\n")
+    if at and at.line < len(lines) and "\t" in lines[at.line][: at.column + 1]:
+        return "a tab stands where YAML takes spaces only; indent with spaces"
     context, mark = error.context or "", error.context_mark
     if context and mark and error.problem_mark and mark.line != error.problem_mark.line:
         context += f" (begun at {mark.line + 1}:{mark.column + 1})"

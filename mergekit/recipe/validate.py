@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -53,7 +54,10 @@ def _explain(model: type[BaseModel], fault: Any, path: Path_) -> str:
     """A pydantic fault in our words."""
     kind, key = fault["type"], str(path[-1]) if path else ""
     if kind == "extra_forbidden":
-        return f"there is no '{key}' here. {nearest(key, _keys_at(model, path[:-1]))}"
+        keys = _keys_at(model, path[:-1])
+        if "parameters" in keys and _is_parameter(key):
+            return f"'{key}' is a parameter; put it under 'parameters'"
+        return f"there is no '{key}' here. {nearest(key, keys)}"
     if kind == "missing" and "layer_range" in path[:-1]:
         return f"expected {_EXPECTED['tuple_type']}"
     if kind == "missing":
@@ -66,11 +70,19 @@ def _explain(model: type[BaseModel], fault: Any, path: Path_) -> str:
     if kind == "too_long" and key == "layer_range":
         kind = "tuple_type"
     if kind == "model_type" and isinstance(fault["input"], str) and "models" in path[-2:]:
-        return f"expected a mapping: write 'model: {fault['input']:.60}'"
+        name = re.sub(r"^model\s+", "", fault["input"])  # a colon was forgotten
+        return f"expected a mapping: write 'model: {name:.60}'"
     if kind in _EXPECTED:
         got = "nothing" if fault["input"] is None else f"{fault['input']!r:.60}"
         return f"{where}expected {_EXPECTED[kind]}, got {got}"
     return f"{where}{fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r:.60}"
+
+
+def _is_parameter(key: str) -> bool:
+    """Whether some method has a parameter of this name."""
+    from mergekit.methods import get_method, method_names
+
+    return any(p.name == key for name in method_names() for p in get_method(name).params)
 
 
 def _keys_at(model: type[BaseModel], path: Path_) -> list[str]:
