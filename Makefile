@@ -10,12 +10,13 @@ READY := $(VENV)/.ready
 help: ## list the recipes
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(READY) ## make the virtual environment and install mergekit in it
+setup: $(READY) ## make the virtual environment, install mergekit in it and compile its kernels
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m mergekit warmup
 	touch $(READY)
 
 demo: $(READY) ## merge the bundled tiny models and compare the result with its sources

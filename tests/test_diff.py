@@ -112,8 +112,8 @@ def test_what_is_not_in_both_is_told(tmp_path):
     assert [(p.name, p.shape) for p in found.places] == [("embed_tokens.weight", (7, 5)), ("a.weight", (3, 5))]
     assert found.remarks == (
         "compared in the first 7 rows that all have: embed_tokens.weight",
-        "b: other shape: b.weight [4]",
-        "b: it has none: c.weight",
+        "not compared, for b has other shapes: b.weight [4]",
+        "not compared, for b has none: c.weight",
         "only b has: d.weight",
     )
     with pytest.raises(IncompatibleError, match="no tensor in common"):
@@ -127,14 +127,30 @@ def test_integers_and_damage_are_told(tmp_path):
     for name in "ab":
         write_llama(tmp_path / name)
         write_safetensors(tmp_path / name / "model.safetensors", tensors)
-    assert "a: integers, which are not compared: steps" in diff(tmp_path / "a", tmp_path / "b").remarks
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert found.remarks == ("not compared, for they are integers in a: steps",)
+    assert reading(found) == ["b has the weights of a, as far as they were compared."]
+    write_safetensors(tmp_path / "b/model.safetensors", {**tensors, "model.norm.weight": ("I64", np.arange(7))})
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert "not compared, for they are integers in b: model.norm.weight" in found.remarks
     bad = {"x.weight": np.array([[1.0, np.nan]]), "y.weight": np.ones((2, 2))}
     found = diff(write_model(tmp_path / "c", bad), write_model(tmp_path / "d", {**bad, "x.weight": np.ones((1, 2))}))
-    assert "NaN or infinity in 1 tensors, so sums over them tell nothing: x.weight" in found.remarks
+    assert "sums over tensors with NaN or infinity tell nothing: x.weight" in found.remarks
+    assert "d or c holds NaN or infinity" in reading(found)[0]
+    assert "can't be compared" in advise(found).reasons[0]
+    spectra = diff(tmp_path / "c", tmp_path / "d", spectrum=True).spectra
+    assert set(spectra) == {"y.weight"}
     assert found.by_tensor()["x.weight"].moved(1) is None
     assert found.by_tensor()["y.weight"].moved(1) == 0
     assert json.loads(json.dumps(found.record(), allow_nan=False))
     assert reading(found)
+
+
+def test_layers_that_are_not_numbered_in_order_are_told(tmp_path):
+    value = np.random.default_rng(0).standard_normal
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": value((3, 5)) for n in (0, 2, 7)}
+    found = diff(write_model(tmp_path / "a", tensors), write_model(tmp_path / "b", tensors))
+    assert found.remarks == ("the layers of a are not numbered 0, 1, 2, ..., so nothing is told by layer",)
 
 
 def test_weights_of_a_model_that_is_cut_short(tmp_path):
@@ -162,10 +178,10 @@ def relatives(tmp_path, *deltas) -> list:
     [
         ([(0.0, 1)], None, (), ["m0 has the weights of base"]),
         ([(0.001, 1)], "slerp", (0.5,), ["what storing weights as bfloat16 may do"]),
-        ([(0.05, 1)], "slerp", (0.5,), ["m0 is kin to base"]),
+        ([(0.05, 1)], "slerp", (0.5,), ["m0 is related to base"]),
         ([(0.05, 1), (0.05, 2)], "task_arithmetic", (0.71, 0.71), ["changed independently"]),
         ([(0.05, 1), (0.05, 1)], "linear", (1.0, 1.0), ["learnt much the same"]),
-        ([(0.05, 1), (-0.05, 1)], "task_arithmetic", (1.0, 1.0), ["pull in opposite directions", "100 % go"]),
+        ([(0.05, 1), (-0.05, 1)], "ties", (1.0, 1.0), ["pull in opposite directions", "100 % go"]),
         ([(0.05, 1), (0.3, 2)], "task_arithmetic", (0.71, 0.71), ["changed independently"]),
         ([(30.0, 1), (0.05, 2)], None, (), ["trained independently"]),
         ([(1.0, 1)], None, (), ["is far from base"]),
@@ -179,6 +195,49 @@ def test_the_reading(tmp_path, deltas, method, weights, words):
     assert advice.method == method
     assert advice.weights == pytest.approx(weights, abs=0.03)
     assert any("times as far" in reason for reason in advice.reasons) == (deltas[-1][0] == 0.3)
+
+
+def test_cosines_are_over_the_tensors_that_both_models_have(tmp_path):
+    base, a, b = relatives(tmp_path, (0.05, 1), (0.05, 2))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    large = read_model(a)[name] * 9
+    write_model(tmp_path / "x", {**read_model(a), name: large})
+    write_model(tmp_path / "y", {n: v for n, v in read_model(b).items() if n != name})
+    record = diff(base, tmp_path / "x", tmp_path / "y").record()
+    shared = expected([base, a, b], [n for n in SHAPES if n != name])
+    assert record["total"]["cosines"] == pytest.approx(shared["cosines"], abs=1e-5)
+    assert record["tensors"][name]["cosines"] == [None]
+    text = "\n".join(reading(diff(base, tmp_path / "x", write_model(tmp_path / "z", {name: large}))))
+    assert "z left alone" not in text, "it has nothing else"
+
+
+def test_models_that_differ_in_norms_only_differ(tmp_path):
+    folders = relatives(tmp_path, (0.0, 1))
+    write_model(tmp_path / "n", {n: v * (2 if "norm" in n else 1) for n, v in read_model(folders[0]).items()})
+    comparison = diff(folders[0], tmp_path / "n")
+    assert reading(comparison)[0] == "n has the matrices of base; what differs are norms, biases or single numbers."
+    assert advise(comparison).method == "slerp"
+
+
+def test_without_a_common_base_nothing_is_said_of_what_was_learnt(tmp_path):
+    folders = relatives(tmp_path, (0.05, 1), (0.05, 2), (0.05, 3))[1:]
+    siblings = diff(*folders)
+    assert siblings.total.cosine(1, 2) == pytest.approx(0.5, abs=0.05)
+    assert any("only if m0 is what the others were made from" in reason for reason in advise(siblings).reasons)
+    found = diff(*folders, common_base=False)
+    assert len(reading(found)) == 2
+    assert advise(found).method == "linear"
+    done = command.mergekit("diff", *folders, "--no-base")
+    assert "try linear:" in done.out
+    assert "learnt" not in done.out
+
+
+def test_numbers_of_64_bits_are_told(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        write_llama(tmp_path / name, seed)
+        tensors = {n: ("F64", np.asarray(v[1], "<f8")) for n, v in llama(seed, code="F32").items()}
+        write_safetensors(tmp_path / name / "model.safetensors", tensors)
+    assert any(r.startswith("float64, compared as float32: ") for r in diff(tmp_path / "a", tmp_path / "b").remarks)
 
 
 def test_weights_keep_the_length_of_the_change(tmp_path):
@@ -221,6 +280,4 @@ def test_the_page(tmp_path):
     assert str(tmp_path) not in text
     assert text.count("<svg") == 3
     assert f"{record['total']['cosines'][0]:.3f}" in text
-    for figure in (record["roles"]["q"]["moved"][0], record["tensors"]["model.norm.weight"]["moved"][1]):
-        assert isinstance(figure, float)
     assert f"{record['tensors']['model.norm.weight']['moved'][1] * 100:.3g} %" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ def test_the_command(recipe):
     command.assert_refused(command.mergekit("explain", recipe, "--tensor", "modl.norm.weight"), 2, "Did you mean")
     command.assert_refused(command.mergekit("explain", recipe, "--tensor", "zzz"), 2, "Without --tensor all are listed")
     command.assert_refused(command.mergekit("explain", "none.yml"), 2, "none.yml")
+
+
+def test_ranges_are_those_of_all_values(recipe):
+    """The first and the last tensor stand outside the layers and have the first value of a gradient."""
+    recipe.write_text("merge_method: linear\nmodels: [{model: m0}, {model: m1}]\nparameters: {weight: [0.25, 1]}\n")
+    done = command.mergekit("explain", recipe)
+    assert re.search(r"weight +\[1\] +0\.25 \.\. 1 ", done.out), done.out
+    assert "0.25 .. 0.25" not in done.out
 
 
 def test_recipes_without_places(recipe):

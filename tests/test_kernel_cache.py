@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+import mergekit
 
 SCRIPT = "from mergekit.kernels import jit; import numba; print(numba.config.CACHE_DIR)"
 
@@ -33,8 +36,14 @@ def test_a_cache_that_cannot_be_written_is_replaced_and_removed(tmp_path, kind):
     assert not folder.exists()
 
 
-def test_warmup_compiles_once():
+def test_warmup_compiles_once_in_each_place(tmp_path):
+    """numba's cache goes by the path of the source: another copy of the package has to compile, and says so."""
     command = [sys.executable, "-m", "mergekit", "warmup"]
     subprocess.run(command, check=True, capture_output=True)
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "nothing to compile" in again.stderr
+    shutil.copytree(Path(mergekit.__file__).parent, tmp_path / "mergekit", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from mergekit.kernels.warmup import FORMS, cold_forms; print(cold_forms() == list(FORMS))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert told.stdout.strip() == "True", told.stderr

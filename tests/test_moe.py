@@ -155,10 +155,16 @@ def test_shared_weights_can_come_from_the_experts(shared, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trio")
+    return [save_dense(folder / str(i), MEMBERS["medium"], seed=i) for i in range(3)]
+
+
 @pytest.mark.parametrize("method", sorted(set(method_names()) - {"passthrough"}))
-def test_merged_attention_is_what_merging_gives_in_both_forms(method, tmp_path):
+def test_merged_attention_is_what_merging_gives_in_both_forms(method, trio, tmp_path):
     """Angles, trimming and random masks are those of the whole fused matrix, though Mixtral stores its parts."""
-    base, one, two = (save_dense(tmp_path / str(i), MEMBERS["medium"], seed=i) for i in range(3))
+    base, one, two = trio
     words = recipe_for(method, [base, one, two])
     dense = load_file(mergekit.run_merge(words, tmp_path / "dense") / "model.safetensors")
     shared = {key: words[key] for key in ("merge_method", "parameters", "models")}

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import command
 import mergekit
 from mergekit import api
 from mergekit.errors import RunError
@@ -63,8 +64,8 @@ def test_the_manuals_command_and_its_recipe(tmp_path):
     }
     out = tmp_path / "output_phi3_moe"
     # Readers of the manual type .yaml too.
-    command = shlex.split(MANUAL.format(recipe="output_phi3_moe/config_moe_tiny.yaml", out=out))
-    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    words = shlex.split(MANUAL.format(recipe="output_phi3_moe/config_moe_tiny.yaml", out=out))
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in out.iterdir()} == {
         "README.md", "config.json", "configuration_phi3_moe.py", "generation_config.json", "merge_manifest.json",
@@ -82,17 +83,20 @@ def test_the_manuals_command_and_its_recipe(tmp_path):
     assert generated(out, "def ")
 
 
-@pytest.mark.parametrize("program", ["mergekit-moe", "mergekit moe"])
-def test_the_other_commands_write_mixtral(program, tmp_path):
+def test_the_other_commands_write_mixtral(tmp_path):
     (tmp_path / "r.yml").write_text(yaml.safe_dump({**recipe([["a b"], ["c d"], ["e f"]]), "gate_mode": "cheap_embed"}))
-    folder = Path(sys.executable).parent
-    command = [str(folder / program.split()[0]), *program.split()[1:], str(tmp_path / "r.yml"), str(tmp_path / "out")]
-    done = subprocess.run([*command, "--no-verify", "--quiet"], capture_output=True, text=True)
+    program = str(Path(sys.executable).parent / "mergekit-moe")
+    arguments = [str(tmp_path / "r.yml"), str(tmp_path / "out"), "--no-verify", "--quiet"]
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
-    if program == "mergekit-moe":  # the other does the same
-        assert generated(tmp_path / "out", "def ")
+    assert generated(tmp_path / "out", "def ")
+    arguments[1] = str(tmp_path / "again")
+    result = command.mergekit("moe", *arguments)
+    assert (result.code, result.out) == (0, ""), result
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 @pytest.mark.parametrize("form", ["mixtral", "phi3moe"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import command
 import mergekit
 from mergekit.api.compare import diff
 from mergekit.api.draft import draft
-from mergekit.api.new import new_recipe
+from mergekit.api.new import new_recipe, write_recipe
 from mergekit.errors import IncompatibleError, MergekitError, UsageError
 from mergekit.methods import get_method, method_names
 from models import family, write_model
@@ -91,13 +92,48 @@ def test_names_are_quoted_where_yaml_needs_it():
         assert yaml.safe_load(draft([name, "b"]).text)["models"][0]["model"] == name
 
 
+@pytest.mark.parametrize("name", ["a\x1b[31mb", "a\x85- b", "a\u2028b: c", "a\u202eb"])
+def test_names_can_not_leave_their_place(folders, name):
+    """Not in a comment, and not in a value."""
+    Path(folders[1]).rename(name)
+    made = new_recipe([folders[0], name], comparison=diff(folders[0], name))
+    assert yaml.safe_load(made.text)["models"][-1]["model"] == name
+    assert all(line.isprintable() for line in made.text.splitlines())
+    with pytest.raises(UsageError, match="is no text in UTF-8"):
+        draft([folders[0], os.fsdecode(b"b\x80c")])
+
+
+def test_models_equal_to_the_first_are_left_out(folders):
+    base, one, two, _ = folders
+    shutil.copytree(base, "copy")
+    for models, own in (([one, "copy"], base), ([base, one, "copy"], None)):
+        compared = [*([own] if own else []), *models]
+        made = new_recipe(models, base=own, comparison=diff(*compared))
+        assert "copy has the weights of m0 and is left out" in made.reasons
+        assert "model: copy" not in made.text
+        assert made.method == "slerp"
+    made = new_recipe([one, two, "copy"], base=base, comparison=diff(base, one, two, "copy"))
+    assert [entry["model"] for entry in yaml.safe_load(made.text)["models"]] == [one, two]
+    with pytest.raises(UsageError, match="nothing to merge"):
+        new_recipe([base, "copy"], comparison=diff(base, "copy"))
+
+
+def test_a_recipe_replaces_no_file_of_a_model_and_is_there_whole(folders):
+    done = command.mergekit("new", *folders[:2], "-o", f"{folders[1]}/config.json", "--overwrite", "--no-look")
+    command.assert_refused(done, 2, "lies in the folder of a model")
+    made = draft(["a", "b"])
+    if os.path.exists("/dev/full"):
+        with pytest.raises(UsageError, match="No space left"):
+            write_recipe(made, Path("/dev/full"), overwrite=True)
+
+
 def test_the_command_without_a_terminal(folders):
     base, *others = folders
     done = command.mergekit("new", *others, "--base", base, "-o", "made.yml")
     assert done.code == 0, done.err
     assert Path("made.yml").read_text() == done.out
     assert "suggested: task_arithmetic" in done.err
-    assert "* m1 is kin to m0" in done.err
+    assert "* m1 is related to m0" in done.err
     mergekit.run_merge("made.yml", "out")
     again = command.mergekit("new", *others, "--base", base, "-o", "made.yml")
     command.assert_refused(again, 2, "made.yml is there already")

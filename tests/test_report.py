@@ -14,13 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import mergekit
 from browsing import in_browser, screenshot
 from command import assert_refused, warm_up
 from command import mergekit as run
-from files import LAYERS, write_model
+from files import LAYERS, llama, to_float, write_model
 from mergekit import api
 from mergekit.output.report import REPORT, ReportData, page, report_data
 from mergekit.output.report.charts import draw
@@ -240,6 +241,18 @@ def test_the_worst_comes_first(data):
     assert any("norm ratio" in text for level, text in found if level == "look")
 
 
+def test_models_that_cancel_each_other_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {name: ("F32", to_float(tensor).astype("<f4")) for name, tensor in llama(0).items()}
+    write_model(Path("base"), tensors=base)
+    for name, sign in (("plus", 1), ("minus", -1)):
+        moved = {n: (t, v + np.float32(sign * 0.01) * np.cos(v, dtype="<f4")) for n, (t, v) in base.items()}
+        write_model(Path(name), tensors=moved)
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("plus", "minus")]
+    mergekit.run_merge({"merge_method": "task_arithmetic", "base_model": "base", "models": models}, "out", report=True)
+    assert "plus and minus pull in opposite directions (cosine -1.00)" in Path("out", REPORT).read_text()
+
+
 def test_without_its_library_a_report_is_refused_before_anything_is_done(merged, monkeypatch):
     from mergekit.output.report import charts
 
@@ -324,6 +337,28 @@ def test_it_renders_readably_in_light_and_dark(show, scheme):
 
 
 @in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_of_layers_are_white_on_the_colour_of_their_model(browser, tmp_path, scheme):
+    folders = [str(write_model(tmp_path / name, seed)) for seed, name in enumerate("abc")]
+    slices = [{"sources": [{"model": folder, "layer_range": [0, 2]}]} for folder in folders]
+    plan = mergekit.plan({"merge_method": "passthrough", "slices": slices, "dtype": "bfloat16"})
+    opened = browser.new_page(color_scheme=scheme)
+    opened.goto(api.report_plan(plan, tmp_path / "stack.html", "stack").as_uri())
+    found = opened.evaluate(
+        """() => [".cells path", ".plot g > text[fill]"].map(selector => [...document.querySelectorAll(selector)].map(
+        node => getComputedStyle(node).fill.match(/[0-9.]+/g).map(Number)))"""
+    )
+    opened.close()
+    cells, texts = found
+    assert len(cells) == len(texts) == 6
+    assert all(text == [255, 255, 255] for text in texts)
+    for cell in cells:
+        linear = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in cell]
+        light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert 1.05 / (light + 0.05) >= 4.5
+
+
+@in_browser
 def test_the_pointer_reads_values(show):
     opened = show(viewport={"width": 1280, "height": 900})
     figure = opened.locator("figure", has_text="Sign conflicts")
@@ -372,6 +407,10 @@ def test_everything_has_a_name_and_a_place(show):
 def test_a_telephone_shows_all_of_it(show):
     opened = show(viewport={"width": 360, "height": 740})
     assert opened.evaluate("document.documentElement.scrollWidth") == 360
+    names = opened.locator("//h3[text()='Files']/following-sibling::div[1]//tbody//th")
+    assert names.count() > 2
+    lines = "node => { const r = document.createRange(); r.selectNodeContents(node); return r.getClientRects().length }"
+    assert {name.evaluate(lines) for name in names.all()} == {1}, "a name is not broken inside words"
     screenshot(opened, "report-phone")
 
 

@@ -25,6 +25,7 @@ from mergekit.families.roles import ROLES, role
         ("transformer.h.3.mlp.c_proj.weight", "down"),
         ("transformer.h.3.mlp.c_fc.weight", "up"),
         ("bert.encoder.layer.2.attention.self.query.weight", "q"),
+        ("bert.encoder.layer.2.attention.output.LayerNorm.weight", "norm"),
         ("bert.encoder.layer.2.attention.output.dense.weight", "o"),
         ("bert.encoder.layer.2.output.dense.weight", "down"),
         ("bert.encoder.layer.2.intermediate.dense.weight", "up"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mergekit.api.new import new_recipe as new_recipe
     from mergekit.api.new import write_recipe as write_recipe
     from mergekit.api.options import RunOptions as RunOptions
+    from mergekit.api.pages import check_page as check_page
     from mergekit.api.report import report_model as report_model
     from mergekit.api.report import report_plan as report_plan
     from mergekit.api.run import Hooks as Hooks
@@ -49,6 +50,7 @@ __all__ = [
     "RunOptions",
     "advise",
     "check_drawable",
+    "check_page",
     "check_writable",
     "compare_pairing",
     "diff",
@@ -81,6 +83,7 @@ _HOMES = {
     "RunOptions": "mergekit.api.options",
     "advise": "mergekit.api.advice",
     "check_drawable": "mergekit.output.report",
+    "check_page": "mergekit.api.pages",
     "check_writable": "mergekit.api.run",
     "compare_pairing": "mergekit.api.compare",
     "diff": "mergekit.api.compare",

@@ -21,17 +21,19 @@ __all__ = ["compare_pairing", "diff", "pair"]
 
 def diff(
     *models: str | Path | ModelReference,
+    common_base: bool = True,
     spectrum: bool = False,
     threads: int | None = None,
     cache_dir: Path | None = None,
 ) -> Comparison:
     """How ``models`` (two references or more, adapters included) differ from the first of them.
 
-    Reads every weight once, in blocks; models on the hub are downloaded. ``spectrum``: also the singular values of each
-    matrix's delta, which takes minutes for billions of parameters, and the memory of a few of its largest matrices.
-    Raises a MergekitError if there is nothing to compare.
+    Reads every weight once, in blocks; models on the hub are downloaded. ``common_base``: the others were made from the
+    first. ``spectrum``: also the singular values of each matrix's delta, which takes minutes for billions of
+    parameters, and the memory of a few of its largest matrices. Raises a MergekitError if there is nothing to compare.
     """
-    return compare_pairing(pair(*models, cache_dir=cache_dir), spectrum=spectrum, threads=threads)
+    pairing = pair(*models, cache_dir=cache_dir)
+    return compare_pairing(pairing, common_base=common_base, spectrum=spectrum, threads=threads)
 
 
 def pair(
@@ -51,6 +53,7 @@ def pair(
 def compare_pairing(
     pairing: Pairing,
     *,
+    common_base: bool = True,
     spectrum: bool = False,
     threads: int | None = None,
     on_compile: Callable[[list[str]], None] | None = None,
@@ -62,11 +65,12 @@ def compare_pairing(
     sums = tuple(compare(pairing, ready_kernels(["differences"], on_compile), threads=threads, advance=advance))
     return Comparison(
         models=pairing.names,
-        layers=pairing.layers,
+        rows=pairing.rows,
         places=pairing.places,
         sums=sums,
         remarks=(*pairing.remarks, *_damage(pairing, sums)),
-        spectra=dict(_spectra(pairing)) if spectrum else {},
+        spectra=dict(_spectra(pairing, sums)) if spectrum else {},
+        common_base=common_base,
     )
 
 
@@ -76,12 +80,15 @@ def _damage(pairing: Pairing, sums: Sequence[Sums]) -> Iterator[str]:
 
     bad = [p.name for p, s in zip(pairing.places, sums, strict=True) if not np.isfinite(s.products).all()]
     if bad:
-        yield f"NaN or infinity in {len(bad)} tensors, so sums over them tell nothing: {some_of(bad)}"
+        yield f"sums over tensors with NaN or infinity tell nothing: {some_of(bad)}"
 
 
-def _spectra(pairing: Pairing) -> Iterator[tuple[str, Mapping[int, Spectrum]]]:
+def _spectra(pairing: Pairing, sums: Sequence[Sums]) -> Iterator[tuple[str, Mapping[int, Spectrum]]]:
+    """Those of matrices without NaN and infinity."""
+    import numpy as np
+
     from mergekit.execute.compare import spectra
 
-    for place in pairing.places:
-        if len(place.shape) == 2 and min(place.shape) > 1:
+    for place, found in zip(pairing.places, sums, strict=True):
+        if len(place.shape) == 2 and min(place.shape) > 1 and np.isfinite(found.products).all():
             yield place.name, {model: Spectrum.of(values) for model, values in spectra(pairing, place).items()}

@@ -32,6 +32,10 @@ class Figures:
 
     sums: Sums
 
+    def is_finite(self, model: int) -> bool:
+        """Whether the tensors of the model, and those of the first that are held against them, hold numbers only."""
+        return math.isfinite(self.sums.products[model, model]) and math.isfinite(self.sums.origins[model])
+
     def moved(self, model: int) -> float | None:
         """The length of the model's delta over the length of the first model."""
         return _root(_ratio(self.sums.products[model, model], self.sums.origins[model]))
@@ -47,8 +51,8 @@ class Figures:
         return _ratio(self.sums.counts[model, model], self.sums.elements[model])
 
     def cosine(self, a: int, b: int) -> float | None:
-        """The cosine between two models' deltas."""
-        squares = self.sums.products[a, a] * self.sums.products[b, b]
+        """The cosine between two models' deltas, over the tensors that both have."""
+        squares = self.sums.squares[a, b] * self.sums.squares[b, a]
         return _ratio(self.sums.products[a, b], math.sqrt(squares) if squares > 0 else math.nan)
 
     def conflict(self, a: int, b: int) -> float | None:
@@ -87,16 +91,18 @@ class Spectrum:
 class Comparison:
     """How models differ from the first of them, tensor by tensor.
 
-    ``models`` are their names; ``remarks`` say what could not be compared; ``spectra`` are by tensor and
-    model, if asked for.
+    ``models`` are their names, ``rows`` where tensors stand, in order (``Layout.row``). ``remarks`` say what could not
+    be compared; ``spectra`` are by tensor and model, if asked for. ``common_base``: the first is what the others were
+    made from, not one of their kind.
     """
 
     models: tuple[str, ...]
-    layers: int
+    rows: tuple[str, ...]
     places: tuple[Place, ...]
     sums: tuple[Sums, ...]
     remarks: tuple[str, ...]
     spectra: Mapping[str, Mapping[int, Spectrum]]
+    common_base: bool = True
 
     @property
     def others(self) -> range:
@@ -144,6 +150,7 @@ class Comparison:
         """Everything as plain data for JSON."""
         return {
             "models": list(self.models),
+            "common_base": self.common_base,
             "remarks": list(self.remarks),
             "total": self._record(self.total),
             "roles": {role: self._record(figures) for role, figures in self.by_role().items()},

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from mergekit.api.advice import advise, percent, reading
 from mergekit.api.comparison import Comparison, Figures
-from mergekit.api.report import write_page
+from mergekit.api.pages import write_page
 from mergekit.families.roles import ROLES
 from mergekit.version import __version__
 
 if TYPE_CHECKING:
     from mergekit.output.report import Grid
-    from mergekit.planning.compare import Place
 
 __all__ = ["write_comparison"]
 
@@ -54,17 +53,9 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     write_page(path, text)
 
 
-def _row(place: Place) -> str:
-    from mergekit.output.report import AFTER, BEFORE
-
-    if place.layer is not None:
-        return str(place.layer)
-    return BEFORE if place.role == "embedding" else AFTER
-
-
 def _most(comparison: Comparison) -> float:
     """The farthest that any cell moved: all maps have the same colours."""
-    cells = comparison.group(lambda place: (_row(place), place.role)).values()
+    cells = comparison.group(lambda place: (place.row, place.role)).values()
     return max((figures.moved(m) or 0.0 for figures in cells for m in comparison.others), default=0.0) or 1.0
 
 
@@ -77,11 +68,11 @@ def _grid(
     signed: bool = False,
 ) -> Grid:
     """The heat map of one figure over layers and roles."""
-    from mergekit.output.report import AFTER, BEFORE, Grid
+    from mergekit.output.report import Grid
 
-    cells = {key: figure(f) for key, f in comparison.group(lambda place: (_row(place), place.role)).items()}
+    cells = {key: figure(f) for key, f in comparison.group(lambda place: (place.row, place.role)).items()}
     present = {row for row, _ in cells}
-    rows = [row for row in (BEFORE, *map(str, range(comparison.layers)), AFTER) if row in present]
+    rows = [row for row in comparison.rows if row in present]
     columns = [role for role in ROLES if any(role == column for _, column in cells)]
     values = tuple(tuple(cells.get((row, column)) for column in columns) for row in rows)
     shown = _number if signed else percent

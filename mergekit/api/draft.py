@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +54,12 @@ def draft(
     reasons: list[str] = []
     weight = 1 / math.sqrt(len(others))  # of changes that have nothing to do with each other
     if comparison is not None:
-        found = advise(comparison, common_base=base is not None)
+        others, reasons = _without_equals(others, comparison)
+        found = advise(replace(comparison, common_base=base is not None))
         if found.method is None and method is None:
             raise UsageError(f"no method is suggested: {'; '.join(found.reasons)}; choose one with --method to try it")
         weight = max(found.weights, default=weight)
-        reasons = list(found.reasons) if method in (None, found.method) else []
+        reasons += found.reasons if method in (None, found.method) else []
         method = method or found.method
     method = method or _plain(len(others), base)
     if method not in method_names():
@@ -93,6 +94,16 @@ def to_merge(models: Sequence[str], base: str | None) -> list[str]:
     return others
 
 
+def _without_equals(models: list[str], comparison: Comparison) -> tuple[list[str], list[str]]:
+    """``models`` without those that have the weights of the first that was compared, and why, if others are left."""
+    first = len(comparison.models) - len(models)
+    equal = [m for m in comparison.others if not comparison.total.changed(m) and comparison.total.is_finite(m)]
+    kept = [model for number, model in enumerate(models, start=first) if number not in equal]
+    if comparison.remarks or not equal or len(kept) < 2 - first:
+        return models, []
+    return kept, [f"{comparison.models[m]} has the weights of {comparison.models[0]} and is left out" for m in equal]
+
+
 def _plain(count: int, base: str | None) -> str:
     """A method for models of which nothing is known."""
     return "task_arithmetic" if base and count > 1 else "slerp" if count <= 2 else "linear"
@@ -117,9 +128,10 @@ def _head(spec: Method, reasons: Sequence[str], others: Sequence[str], compariso
     if comparison is not None:
         figures, first = comparison.matrices, comparison.models[0]
         for m in comparison.others:
-            lines.append(f"{comparison.models[m]} moved by {percent(figures.moved(m))} from {first}.")
+            lines.append(f"{comparison.models[m]} differs by {percent(figures.moved(m))} from {first}.")
     if reasons:
         lines += [f"{spec.title}: {reasons[0]}.", *(f"{reason[0].upper()}{reason[1:]}." for reason in reasons[1:])]
+    lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
     return [folded for line in lines for folded in wrap(line, 110, initial_indent="# ", subsequent_indent="#   ")]
 
 
@@ -159,8 +171,14 @@ def _help(parameter: Parameter) -> str:
 
 
 def _text(reference: str) -> str:
-    """A reference as YAML writes it."""
+    """A reference as YAML writes it; what can't be printed is written with escapes."""
     import yaml
 
-    text = yaml.safe_dump(reference, default_flow_style=True, width=10_000, allow_unicode=True)
+    is_plain = reference.isprintable()
+    try:
+        reference.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{reference!r} is no text in UTF-8, as a recipe has to be; rename the folder") from None
+    text = yaml.safe_dump(reference, default_flow_style=True, width=10_000, allow_unicode=is_plain,
+                          default_style=None if is_plain else '"')  # fmt: skip
     return text.removesuffix("\n...\n").strip()

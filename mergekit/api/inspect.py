@@ -45,8 +45,9 @@ class ModelSummary:
     """A model, or an adapter by itself, in figures. Empty texts and None stand for what there is not.
 
     ``dtypes`` counts elements by type. ``nbytes`` is the size of the weight files. ``rows`` are those of the
-    embeddings; ``tied``: the head is the embeddings. ``chat`` names the format of the chat template. ``adapter`` and
-    ``merge`` describe an adapter, and the merge that made the model. ``tensors`` are (name, shape, dtype, file).
+    embeddings; ``tied``: the head is the embeddings (None: there is no head). ``chat`` names the format of the chat
+    template. ``adapter`` and ``merge`` describe an adapter, and the merge that made the model. ``tensors`` are (name,
+    shape, dtype, file).
     """
 
     name: str
@@ -58,7 +59,7 @@ class ModelSummary:
     nbytes: int
     files: tuple[str, ...]
     rows: int | None
-    tied: bool
+    tied: bool | None
     experts: int | None
     vocabulary: str
     special: Mapping[str, str]
@@ -78,7 +79,11 @@ class ModelSummary:
 
     def facts(self) -> list[tuple[str, str]]:
         """What is to be told, as (word, text); nothing that is not there."""
-        tied = "tied to the embeddings" if self.tied else "a matrix of its own"
+        head = {
+            None: "there is no head",
+            True: "the head is tied to the embeddings",
+            False: "the head is a matrix of its own",
+        }
         special = ", ".join(f"{name} {token!r}" for name, token in self.special.items())
         found = [
             ("family", f"{self.family}{f' ({self.architecture})' if self.architecture else ''}"),
@@ -88,7 +93,7 @@ class ModelSummary:
             ("types", ", ".join(f"{count:,} {name}" for name, count in self.dtypes.items())),
             ("size", f"{self.nbytes:,} bytes in {len(self.files)} file{'s' * (len(self.files) != 1)}"),
             ("quantization", self.quantization),
-            ("embeddings", "" if self.rows is None else f"{self.rows:,} rows; the head is {tied}"),
+            ("embeddings", "" if self.rows is None else f"{self.rows:,} rows; {head[self.tied]}"),
             ("vocabulary", self.vocabulary),
             ("special", special),
             ("chat template", self.chat),
@@ -138,7 +143,7 @@ def _open_adapter(reference: Any, cache_dir: Path | None) -> Adapter:
 
 
 def _of_model(models: Models) -> ModelSummary:
-    from mergekit.families.config import language_section
+    from mergekit.families.config import has_no_head, language_section
 
     model = models[0]
     infos = list(model.tensors.values())
@@ -156,7 +161,7 @@ def _of_model(models: Models) -> ModelSummary:
         nbytes=sum(file.size for file in model.checkpoint.files),
         files=tuple(file.name for file in model.checkpoint.files),
         rows=embedding.shape[0] if embedding is not None and embedding.shape else None,
-        tied=model.head is None,
+        tied=None if has_no_head(config) else model.head is None,
         experts=experts,
         vocabulary=vocabulary,
         special=special,
@@ -186,7 +191,7 @@ def _of_adapter(name: str, adapter: Adapter) -> ModelSummary:
         nbytes=sum(file.size for file in adapter.files),
         files=tuple(file.name for file in adapter.files),
         rows=None,
-        tied=False,
+        tied=None,
         experts=None,
         vocabulary="",
         special={},

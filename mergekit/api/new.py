@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mergekit.api.draft import Draft, draft, to_merge
 from mergekit.api.merge import plan
 from mergekit.api.options import RunOptions
+from mergekit.api.pages import write_whole
 from mergekit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ def new_recipe(
 
 def write_recipe(made: Draft, path: Path, *, overwrite: bool = False) -> None:
     """Write a recipe; UsageError if something is there already."""
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already; choose another name, or pass --overwrite")
+    if path.exists() and (path.parent / "config.json").exists():
+        raise UsageError(f"{path} lies in the folder of a model and stays as it is; choose another name")
     try:
-        with path.open("w" if overwrite else "x", encoding="utf-8") as stream:
-            stream.write(made.text)
-    except FileExistsError:
-        raise UsageError(f"{path} is there already; choose another name, or pass --overwrite") from None
+        write_whole(path, made.text.encode())
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 

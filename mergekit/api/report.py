@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit.api.options import RunOptions
+from mergekit.api.pages import check_page, write_page
 from mergekit.api.reproduce import plan_of_folder
 from mergekit.api.run import title_of
 from mergekit.errors import MergekitError, ModelNotFoundError, RunError, UsageError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mergekit.output.manifest import Manifest
     from mergekit.planning.plan import Plan
 
-__all__ = ["report_model", "report_plan", "write_page"]
+__all__ = ["report_model", "report_plan"]
 
 
 def report_model(folder: Path, options: RunOptions | None = None, out: Path | None = None) -> Path:
@@ -35,10 +35,11 @@ def report_model(folder: Path, options: RunOptions | None = None, out: Path | No
     manifest = read_manifest(folder)
     if manifest is None and not (folder / STATS).is_file():
         raise UsageError(f"{folder} has neither {MANIFEST} nor {STATS}, which a report is made from; merge it again")
+    path = out or folder / REPORT
+    check_page(path)
     names = [STATS, MANIFEST, ROUTING, "config.json", *([manifest.recipe_name] if manifest else [])]
     documents = {name: _text(folder / name) for name in names if (folder / name).is_file()}
     plan, gaps = _plan(folder, manifest, options or RunOptions())
-    path = out or folder / REPORT
     write_page(path, page(report_data(title_of(folder), documents, plan, gaps)))
     return path
 
@@ -76,14 +77,3 @@ def _text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RunError(f"cannot read {path}: {reason}; make the model again") from None
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from None

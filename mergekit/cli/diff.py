@@ -26,27 +26,34 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 @click.option("--layers", is_flag=True, help="Print a table of layers, too.")
 @click.option("--tensors", is_flag=True, help="Print a table of tensors, too.")
 @click.option("--spectrum", is_flag=True, help="Find the ranks of the changes, too (slow).")
+@click.option("--no-base", is_flag=True, help="FIRST is one of their kind, not what the OTHERs were made from.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, tensor by tensor, as JSON.")
 @click.option("--html", type=Path, metavar="FILE", help="Write a page with heat maps over layers and roles.")
 @click.option("-j", "--num-threads", type=click.IntRange(min=1), help="Threads (default: one for each processor).")
 @click.option("--cache-dir", type=Path, metavar="PATH", help="Where files of hub models are kept.")
 @click.option("--quiet", is_flag=True, help="No progress and no notes.")
-def diff(models: tuple[str, ...], layers: bool, tensors: bool, spectrum: bool, as_json: bool, html: Path | None,
-         num_threads: int | None, cache_dir: Path | None, quiet: bool) -> None:  # fmt: skip
+def diff(models: tuple[str, ...], layers: bool, tensors: bool, spectrum: bool, no_base: bool, as_json: bool,
+         html: Path | None, num_threads: int | None, cache_dir: Path | None, quiet: bool) -> None:  # fmt: skip
     """Print how the models OTHER... differ from the model FIRST, usually their base. Every weight is read once.
 
     Models are folders or hub names, with +ADAPTER where an adapter belongs to one.
     """
     from mergekit import api
 
-    if html is not None:
-        api.check_drawable()  # before gigabytes are read
+    if html is not None:  # before gigabytes are read
+        api.check_drawable()
+        api.check_page(html)
     started = time.monotonic()
     with downloads(shown=not quiet) as told:
         pairing = api.pair(*models, cache_dir=cache_dir, told=told)
     with progress(pairing.nbytes, shown=not quiet, what="reading") as meter:
         comparison = api.compare_pairing(
-            pairing, spectrum=spectrum, threads=num_threads, on_compile=meter.compiling, advance=meter
+            pairing,
+            common_base=not no_base,
+            spectrum=spectrum,
+            threads=num_threads,
+            on_compile=meter.compiling,
+            advance=meter,
         )
     if html is not None:
         api.write_comparison(comparison, html)
@@ -84,7 +91,7 @@ def comparison_lines(comparison: Comparison, *, layers: bool = False, tensors: b
         lines += ["", *_parts(comparison, "tensor", comparison.by_tensor().items())]
     if comparison.spectra:
         lines += ["", *_ranks(comparison)]
-    lines += ["", *_listed([*reading(comparison), *(f"not compared: {remark}" for remark in comparison.remarks)])]
+    lines += ["", *_listed([*reading(comparison), *comparison.remarks])]
     advice = advise(comparison)
     lines += ["", f"try {advice.method}:" if advice.method else "no merge of weights to try:"]
     return lines + _listed(advice.reasons)

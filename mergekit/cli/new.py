@@ -41,7 +41,7 @@ def new(models: tuple[str, ...], base: str | None, method: str | None, output: P
     if output is not None and output.exists() and not overwrite:
         raise UsageError(f"{output} is there already; choose another name, or pass --overwrite")
     others = api.to_merge(models, base)
-    comparison = _look([*([base] if base else []), *others], cache_dir) if look else None
+    comparison = _look(base, others, cache_dir) if look else None
     made = api.new_recipe(models, base=base, method=method, comparison=comparison, cache_dir=cache_dir)
     if asks:
         _show(made, comparison)
@@ -81,15 +81,15 @@ def _ask_model(question: str, cache_dir: Path | None) -> str | None:
             say(f"  {error}")
 
 
-def _look(models: Sequence[str], cache_dir: Path | None) -> Comparison:
-    """How the models differ from the first of them, with progress on the screen."""
+def _look(base: str | None, models: Sequence[str], cache_dir: Path | None) -> Comparison:
+    """How the models differ from the base, else from the first of them, with progress on the screen."""
     from mergekit import api
     from mergekit.cli.progress import downloads, progress
 
     with downloads(shown=True) as told:
-        pairing = api.pair(*models, cache_dir=cache_dir, told=told)
+        pairing = api.pair(*([base] if base else []), *models, cache_dir=cache_dir, told=told)
     with progress(pairing.nbytes, shown=True, what="reading") as meter:
-        return api.compare_pairing(pairing, on_compile=meter.compiling, advance=meter)
+        return api.compare_pairing(pairing, common_base=bool(base), on_compile=meter.compiling, advance=meter)
 
 
 def _show(made: Draft, comparison: Comparison | None) -> None:

@@ -34,6 +34,8 @@ def plan(config_file: str, as_json: bool, html: Path | None, merge_options: Any)
     """
     from mergekit import api
 
+    if html:
+        api.check_page(html)
     options = merge_options.run_options()
     made = api.plan(config_file, options)
     if html:

@@ -26,11 +26,13 @@ class Sums:
     """What was summed over the elements of tensors, all arrays over the models of a pairing, the first included.
 
     ``products`` (float64 [n, n], symmetric): inner products; row 0 is the first model, the others are deltas from it.
+    ``squares`` (float64 [n, n]): entry (a, b) is the squared length of a's delta in those tensors that b has, too.
     ``counts`` (int64 [n, n]) as in ``kernels.statistics.differences``. ``origins`` (float64 [n]): the squared length of
     the first model in those tensors that each model has, ``elements`` (int64 [n]) how many elements they have.
     """
 
     products: np.ndarray
+    squares: np.ndarray
     counts: np.ndarray
     origins: np.ndarray
     elements: np.ndarray
@@ -39,12 +41,14 @@ class Sums:
     def zero(cls, models: int) -> Sums:
         """Nothing yet."""
         square = (models, models)
-        return cls(np.zeros(square), np.zeros(square, np.int64), np.zeros(models), np.zeros(models, np.int64))
+        none = np.zeros(models)
+        return cls(np.zeros(square), np.zeros(square), np.zeros(square, np.int64), none, none.astype(np.int64))
 
     def __add__(self, other: Sums) -> Sums:
         """The sums over the elements of both."""
         return Sums(
             self.products + other.products,
+            self.squares + other.squares,
             self.counts + other.counts,
             self.origins + other.origins,
             self.elements + other.elements,
@@ -114,6 +118,7 @@ def _spread(place: Place, products: np.ndarray, counts: np.ndarray, models: int)
     sums = Sums.zero(models)
     where = np.ix_(place.members, place.members)
     sums.products[where] = np.triu(products) + np.triu(products, 1).T
+    sums.squares[where] = np.diag(products)[:, None]
     sums.counts[where] = counts
     members = list(place.members)
     sums.origins[members] = products[0, 0]

@@ -45,6 +45,10 @@ _FIRST = re.compile(
 _PREFERRED = ("language_model", "text_model", "decoder", "model.layers", "transformer.h")
 
 
+BEFORE, AFTER = "before", "after"
+"""The rows of what stands outside the layers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A tensor's place: layer ``index`` of ``stack`` (None outside stacks), and the rest of its name."""
@@ -94,6 +98,25 @@ class Layout:
         """
         parent = "" if self.main is None else self.main.prefix[:-1].rpartition(".")[0] + "."
         return "first" if _FIRST.search(name.removeprefix(parent)) and not is_head(name) else "last"
+
+    def row(self, name: str) -> str:
+        """Where ``name`` stands, for people: the number of its layer (of other stacks behind the prefix of the stack),
+        else ``BEFORE`` or ``AFTER`` the layers.
+        """
+        place = self.place(name)
+        if place.stack is None:
+            return BEFORE if self.role(name) == "first" else AFTER
+        return self._row(place.stack, place.index)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """All rows in order: before the layers, the main layers, those of other stacks, after them."""
+        main = self.main.prefix if self.main else None
+        stacks = sorted(self.stacks.values(), key=lambda stack: stack.prefix != main)
+        return (BEFORE, *(self._row(stack.prefix, index) for stack in stacks for index in range(stack.count)), AFTER)
+
+    def _row(self, prefix: str, index: int) -> str:
+        return str(index) if self.main is not None and prefix == self.main.prefix else f"{prefix}{index}"
 
     def is_extra(self, name: str) -> bool:
         """Whether ``name`` belongs to a layer stored past the last of the main stack (a head that predicts further)."""

@@ -36,7 +36,7 @@ _NAMES = {
     "k": r"k_proj|key|wk|k",
     "v": r"v_proj|value|wv|v",
     "kv": r"kv_[ab]_proj\w*|kv_proj|kv",
-    "qkv": r"qkv_proj|qkv|c_attn|query_key_value|[Ww]qkv|in_proj_qkv",
+    "qkv": r"qkv_proj|qkv|c_attn|query_key_value|wqkv|in_proj_qkv",
     "o": r"o_proj|wo|o|(attn|attention)\.(c_proj|dense|out_proj)|(attn|attention|self_attention)\.output\.dense",
     "gate": r"gate_proj|w1",
     "up": r"up_proj|w3|fc1|fc_in|c_fc|dense_h_to_4h|intermediate\.dense|wi(_\d)?",
@@ -44,7 +44,7 @@ _NAMES = {
     "down": r"down_proj|w2|fc2|fc_out|dense_4h_to_h|mlp\.c_proj|output\.dense",
 }
 _PATTERNS = tuple(
-    (name, re.compile(rf"(?:^|\.)(?:{pattern})(?:\.(?:weight|bias|weight_scale_inv))?$"))
+    (name, re.compile(rf"(?:^|\.)(?:{pattern})(?:\.(?:weight|bias|weight_scale_inv))?$", re.I))
     for name, pattern in _NAMES.items()
 )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from hashlib import blake2b
 from pathlib import Path
 
 import numba
@@ -17,7 +19,9 @@ FORMS = ("span", "vectors", "sparse", "elementwise", "adapters", "differences")
 
 
 def _marker(form: str) -> Path:
-    return Path(numba.config.CACHE_DIR) / f"{form}.compiled"
+    """The file that says so. Kernels are compiled for each place of this package apart, as numba caches by path."""
+    place = blake2b(os.path.realpath(__file__).encode(errors="surrogateescape"), digest_size=6).hexdigest()
+    return Path(numba.config.CACHE_DIR) / f"{form}-{place}.compiled"
 
 
 def cold_forms(forms: Iterable[str] = FORMS) -> list[str]:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit.dtypes import F32
+from mergekit.dtypes import F32, F64
 from mergekit.errors import IncompatibleError, some_of
 from mergekit.families.align import align
-from mergekit.families.layout import is_derived_buffer, is_embedding, is_head
+from mergekit.families.layout import is_derived_buffer, is_embedding, is_head, numbers_out
 from mergekit.families.roles import role
 from mergekit.planning.build import sources_of
 from mergekit.planning.expression import Leaf, Split, stored
@@ -20,18 +20,21 @@ from mergekit.planning.plan import Source
 
 __all__ = ["Pairing", "Place", "pair_models"]
 
+_WHOLE = ("int", "bool")
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """One tensor of the first model, and what stands there in the others.
 
-    ``layer`` is its number in the main stack, None outside. ``members`` are the positions of the models that have it,
-    the first (0) before all others, and ``inputs`` what gives it in each; all of ``shape``.
+    ``layer`` is its number in the main stack, None outside; ``row`` as in ``Layout.row``. ``members`` are the positions
+    of the models that have it, the first (0) before all others, and ``inputs`` what gives it in each; all of ``shape``.
     """
 
     name: str
     role: str
     layer: int | None
+    row: str
     shape: tuple[int, ...]
     members: tuple[int, ...]
     inputs: tuple[Leaf, ...]
@@ -41,13 +44,12 @@ class Place:
 class Pairing:
     """All places that models have in common, and remarks about what they don't.
 
-    The first ``models`` of ``sources`` are the models, called ``names``; ``layers`` counts those of the first one's
-    main stack.
+    The first ``models`` of ``sources`` are the models, called ``names``; ``rows`` are those of the first one's layout.
     """
 
     sources: tuple[Source, ...]
     names: tuple[str, ...]
-    layers: int
+    rows: tuple[str, ...]
     places: tuple[Place, ...]
     remarks: tuple[str, ...]
 
@@ -77,12 +79,11 @@ def pair_models(models: Models) -> Pairing:
     if not places:
         others = ", ".join(str(m.reference) for m in models.models[1:])
         raise IncompatibleError(
-            f"{first.reference} has no tensor in common with {others}: other names or other shapes; "
+            f"{first.reference} has no tensor in common with {others}: other names, other shapes or integers; "
             f"'mergekit inspect' shows what they are"
         )
-    layers = first.layout.main.count if first.layout.main else 0
     remarks = (*models.warnings, *finder.remarks())
-    return Pairing(sources_of(models), _names(models), layers, places, remarks)
+    return Pairing(sources_of(models), finder.names, first.layout.rows, places, remarks)
 
 
 def _names(models: Models) -> tuple[str, ...]:
@@ -98,6 +99,7 @@ class _Finder:
     def __init__(self, models: Models) -> None:
         self._models = models
         first = models[0]
+        self.names = _names(models)
         self._spelling = [align(first.tensors, model.tensors) for model in models.models]
         self._faults: dict[str, list[str]] = {}
         self._used: list[set[str]] = [set() for _ in models.models]
@@ -106,8 +108,8 @@ class _Finder:
         """The tensor ``name`` of the first model, with those of the others that fit; None if none does."""
         first = self._models[0]
         info = first.tensors[name]
-        if not info.dtype.is_float and name not in first.checkpoint.packed:
-            self._fault(f"{first.reference.short}: integers, which are not compared", name)
+        if info.dtype.kind in _WHOLE:
+            self._fault(f"not compared, for they are integers in {self.names[0]}", name)
             for number in range(len(self._models.models)):
                 self._used[number].add(self._spelling[number].get(name, name))
             return None
@@ -118,12 +120,16 @@ class _Finder:
             theirs = self._spelling[number].get(name, name)
             other = model.tensors.get(theirs)
             if other is None:
-                what = "its head is tied to the embeddings" if is_head(name) and model.head is None else "it has none"
-                self._fault(f"{model.reference.short}: {what}", name)
+                is_tied = is_head(name) and model.head is None and model.embedding is not None
+                what = "ties its head to the embeddings" if is_tied else "has none"
+                self._fault(f"not compared, for {self.names[number]} {what}", name)
                 continue
             self._used[number].add(theirs)
+            if other.dtype.kind in _WHOLE:
+                self._fault(f"not compared, for they are integers in {self.names[number]}", name)
+                continue
             if not self._fits(first, name, other.shape):
-                self._fault(f"{model.reference.short}: other shape", f"{name} {list(other.shape)}")
+                self._fault(f"not compared, for {self.names[number]} has other shapes", f"{name} {list(other.shape)}")
                 continue
             rows = min(rows, other.shape[0] if other.shape else 0)
             members.append(number)
@@ -135,20 +141,26 @@ class _Finder:
             self._fault(f"compared in the first {rows:,} rows that all have", name)
             inputs = [Split(leaf, 0, rows) if self._rows(n, name) != rows else leaf
                       for n, leaf in zip(members, inputs, strict=True)]  # fmt: skip
+        if any(stored(leaf) == F64 for leaf in inputs):
+            self._fault("float64, compared as float32", name)
         main = first.layout.main
         place = first.layout.place(name)
         layer = place.index if main is not None and place.stack == main.prefix else None
-        return Place(name, role(name), layer, shape, tuple(members), tuple(inputs))
+        return Place(name, role(name), layer, first.layout.row(name), shape, tuple(members), tuple(inputs))
 
     def remarks(self) -> list[str]:
-        """What was not compared, a line for each reason."""
-        found = [f"{reason}: {some_of(names)}" for reason, names in self._faults.items()]
+        """What was not compared, a line for each reason, and what can't be told."""
+        first = self._models[0]
+        has_layers = any(numbers_out(name) != name for name in first.tensors)
+        found = [f"the layers of {self.names[0]} are not numbered 0, 1, 2, ..., so nothing is told by layer"]
+        found = found if has_layers and not first.layout.stacks else []
+        found += [f"{reason}: {some_of(names)}" for reason, names in self._faults.items()]
         for number, model in enumerate(self._models.models[1:], start=1):
             spare = [
                 n for n, i in model.tensors.items() if n not in self._used[number] and not is_derived_buffer(n, i.shape)
             ]
             if spare:
-                found.append(f"only {model.reference.short} has: {some_of(spare)}")
+                found.append(f"only {self.names[number]} has: {some_of(spare)}")
         return found
 
     def _fault(self, reason: str, name: str) -> None:

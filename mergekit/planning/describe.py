@@ -104,17 +104,20 @@ def _steps(leaf: Leaf) -> Iterator[str]:
 
 
 def span_text(values: Sequence[Any]) -> str:
-    """One value, or the range that values run through: ``0.5`` or ``0 .. 1``; for each model in turn.
+    """One value, or the range of all, falling if they fall: ``0.5``, ``0 .. 1``, ``1 .. 0``; for each model in turn.
 
-    >>> span_text([(0.1, 0.5), (0.9, 0.5)])
-    '(0.1 .. 0.9, 0.5)'
+    >>> span_text([(0.1, 0.5), (0.9, 0.5)]), span_text([1.0, 0.5]), span_text([1.0, 0.5, 1.0])
+    ('(0.1 .. 0.9, 0.5)', '1 .. 0.5', '0.5 .. 1')
     """
-    first, last = values[0], values[-1]
+    first = values[0]
     if isinstance(first, tuple):
         return "(" + ", ".join(span_text([value[i] for value in values]) for i in range(len(first))) + ")"
     if all(value == first for value in values):
         return f"{first:g}" if isinstance(first, float) else str(first)
-    return f"{first:g} .. {last:g}" if isinstance(first, float) else f"{first} .. {last}"
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return " or ".join(dict.fromkeys(map(str, values)))
+    low, high = min(values), max(values)
+    return f"{high:g} .. {low:g}" if (first, values[-1]) == (high, low) else f"{low:g} .. {high:g}"
 
 
 def kind_of_merge(plan: Plan) -> str:

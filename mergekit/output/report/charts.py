@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,7 +44,21 @@ def draw(grid: Grid, key: str) -> str:
     """
     import vl_convert
 
-    return _slim(vl_convert.vegalite_to_svg(_chart(grid).to_dict(validate=False)), key)
+    return _slim(vl_convert.vegalite_to_svg(_chart(_as_xml(grid)).to_dict(validate=False)), key)
+
+
+def _as_xml(grid: Grid) -> Grid:
+    """The grid with names that XML can hold: some characters can't be written there at all, and the library aborts."""
+    return replace(
+        grid,
+        rows=tuple(map(_printable, grid.rows)),
+        columns=tuple(map(_printable, grid.columns)),
+        texts=tuple(tuple(map(_printable, line)) for line in grid.texts),
+    )
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _chart(grid: Grid) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from mergekit.checkpoint.json_text import parse_json
 from mergekit.dtypes import BY_CODE
 from mergekit.errors import CheckpointError
-from mergekit.families.layout import Layout, infer_layout
+from mergekit.families.layout import AFTER, BEFORE, Layout, infer_layout
 from mergekit.families.roles import role
 from mergekit.moe.report import RoutingReport
 from mergekit.output.card import without_paths
@@ -21,9 +21,6 @@ from mergekit.planning.expression import Apply, Expression, leaves
 from mergekit.planning.plan import OutputTensor, Plan
 
 __all__ = ["AFTER", "BEFORE", "Input", "ReportData", "Tensor", "report_data"]
-
-BEFORE, AFTER = "before", "after"
-"""The rows of what stands outside the layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,24 +202,13 @@ def _tensor(
     expression = output.expression if output else None
     origins = _origins(expression, models, layout.place(name).stack or "") if expression else ()
     parameters = dict(_parameters(expression)) if isinstance(expression, Apply) else {}
-    return Tensor(name, _row(name, layout), role(name), origins, parameters, figures)
-
-
-def _row(name: str, layout: Layout) -> str:
-    place = layout.place(name)
-    if place.stack is None:
-        return BEFORE if layout.role(name) == "first" else AFTER
-    is_main = layout.main is not None and place.stack == layout.main.prefix
-    return str(place.index) if is_main else f"{place.stack}{place.index}"
+    return Tensor(name, layout.row(name), role(name), origins, parameters, figures)
 
 
 def _rows(tensors: Iterable[Tensor], layout: Layout) -> tuple[str, ...]:
-    """The rows that have a tensor: before the layers, the layers of each stack, after them."""
+    """The rows that have a tensor, in order."""
     present = {tensor.row for tensor in tensors}
-    main = layout.main.prefix if layout.main else None
-    stacks = sorted(layout.stacks.values(), key=lambda stack: stack.prefix != main)
-    layers = [f"{'' if s.prefix == main else s.prefix}{index}" for s in stacks for index in range(s.count)]
-    return tuple(row for row in (BEFORE, *layers, AFTER) if row in present)
+    return tuple(row for row in layout.rows if row in present)
 
 
 def _origins(expression: Expression, models: _Models, stack: str) -> tuple[tuple[int, int | None], ...]:

@@ -186,7 +186,7 @@ def _distances(data: ReportData, onto: Figures) -> Iterator[Grid]:
     }
     moved["How far the result moved"] = {cell: _ratio(f["change"], lengths[cell]) for cell, f in onto.items()}
     most = max((x for values in moved.values() for x in values.values() if _is_finite(x)), default=0.0) or 1.0
-    note = f"Length of the change of {data.names[base]}, relative to the length of {data.names[base]} itself."
+    note = f"The length of the change, over the length of the weights of {data.names[base]}."
     for title, values in moved.items():
         yield from _measured(data, title, note, values, (0.0, most))
 

@@ -14,7 +14,8 @@ from mergekit.output.stats import LEAST_SURVIVAL, pooled
 __all__ = ["Finding", "findings", "summary", "totals"]
 
 _RATIO = 0.8, 1.25
-_ALIKE = 0.8
+_ALIKE, _OPPOSED = 0.8, -0.15
+"""Cosines of changes that are worth a word."""
 
 
 class Finding(NamedTuple):
@@ -122,6 +123,10 @@ def _of_statistics(data: ReportData) -> Iterator[Finding]:
     for a, b, cosine in alike if "change" in total else ():
         yield Finding("look", f"{data.names[a]} and {data.names[b]} learned nearly the same (cosine {cosine:.2f}): "
                       f"adding both at full weight overshoots.")  # fmt: skip
+    opposed = [(a, b, c) for (a, b), c in total.get("cosines", {}).items() if c is not None and c < _OPPOSED]
+    for a, b, cosine in opposed if "change" in total else ():
+        yield Finding("look", f"{data.names[a]} and {data.names[b]} pull in opposite directions (cosine {cosine:.2f}): "
+                      f"added, they cancel each other; 'ties' lets the stronger side win.")  # fmt: skip
     if data.statistics.unknown:
         yield Finding(
             "look", f"No figures of {_tensors(len(data.statistics.unknown))}: a run with --no-stats made them."
