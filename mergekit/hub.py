@@ -38,6 +38,7 @@ __all__ = [
     "is_local",
     "is_offline",
     "is_safe_name",
+    "malformed_token",
     "open_repository",
     "patiently",
     "read_range",
@@ -314,6 +315,11 @@ def host_name() -> str:
     return urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2] or "the hub"  # an address may hold a password
 
 
+def malformed_token() -> HubError:
+    """What to say of a token that no request can hold."""
+    return HubError(f"the token for {host_name()} is malformed: copy it again, for `hf auth login` or HF_TOKEN")
+
+
 def _nonsense(what: str) -> HubError:
     advice = "check the network and HF_ENDPOINT and run again, or set HF_HUB_OFFLINE=1 to use what is cached"
     return HubError(f"{host_name()} {what}: {advice}")
@@ -335,6 +341,8 @@ def _translate(error: Exception, asked: str, cache_dir: Path | None) -> Mergekit
     status, host = status_of(error), host_name()
     if isinstance(error, errors.HFValidationError):
         return ModelNotFoundError(f"no hub can hold a model called '{asked}': write org/name, or the path of a folder")
+    if isinstance(error, UnicodeEncodeError):  # of a header
+        return malformed_token()
     if isinstance(error, errors.GatedRepoError):
         return HubError(f"'{asked}' is gated: ask for access on its page at {host}, then `hf auth login`")
     if isinstance(error, errors.RevisionNotFoundError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.errors import HubError, MergekitError, UsageError
-from mergekit.hub import host_name, is_offline, is_safe_name, patiently, status_of
+from mergekit.hub import host_name, is_offline, is_safe_name, malformed_token, patiently, status_of
 
 __all__ = ["check_push", "push"]
 
@@ -35,7 +35,7 @@ def check_push(repo_id: str, revision: str | None) -> None:
     if not token:
         raise HubError(f"no token for {host_name()}: `hf auth login` with one that may write, or set HF_TOKEN")
     if not token.isascii() or not token.isprintable() or " " in token:
-        raise HubError(f"the token for {host_name()} is malformed: copy it again, for `hf auth login` or HF_TOKEN")
+        raise malformed_token()
 
 
 def push(

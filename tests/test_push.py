@@ -262,6 +262,14 @@ def test_a_malformed_token_is_not_sent(
     assert not server.requests()
 
 
+def test_a_malformed_token_does_not_read_either(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\u200b")
+    result = mergekit("inspect", "org/model")
+    assert_refused(result, 1, "the token for 127.0.0.1", "is malformed: copy it again")
+
+
 def test_offline(server: HubServer, merged: Path) -> None:
     with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
         assert_refused(push(), 1, "HF_HUB_OFFLINE forbids talking to the hub: set HF_HUB_OFFLINE=0")
