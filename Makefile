@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Hundreds of processes start in the tests: each would compile our sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test smoke hostile lint types format bench matrix docs site clean
 
@@ -28,7 +31,7 @@ test: $(READY) lint types ## lint, types and all tests
 smoke: $(READY) ## one tiny merge end to end, in seconds
 	$(BIN)/python -m pytest tests/test_smoke.py
 
-hostile: $(READY) ## every file of the hostile corpus; `make test` takes a sixth
+hostile: $(READY) ## every file of the hostile corpus; `make test` takes an eighth
 	MERGEKIT_WHOLE_CORPUS=1 $(BIN)/python -m pytest tests/test_hostile_corpus.py
 
 lint: $(READY) ## style and format

@@ -34,8 +34,7 @@ def _edited(folder: Path) -> None:
     """A model with a full report, and a recipe that has changed since."""
     from command import mergekit
 
-    assert mergekit("merge", "recipe.yml", "out").code == 0
-    (folder / "out/merge_report.html").write_text("everything")
+    assert mergekit("merge", "recipe.yml", "out", "--report").code == 0
     with (folder / "out/mergekit_config.yml").open("a") as stream:
         stream.write("# edited\n")
 

@@ -156,6 +156,9 @@ def test_progress_is_for_terminals(monkeypatch, is_terminal, args, shown):
     monkeypatch.setenv("TERM", "xterm")
     from mergekit.cli.merge import main
 
+    monkeypatch.setattr(
+        "mergekit.cli.signals.listen", lambda: None
+    )  # its end would be that of interrupts in this process
     main()
     text = sys.stderr.getvalue()
     assert ("\x1b[" in text) is shown
