@@ -6,7 +6,6 @@ import ast
 import os
 import pickle
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -371,10 +370,9 @@ def test_the_recipe_of_the_card_tells_folders_of_one_name_apart(tmp_path):
 
 
 def test_paths_are_found_in_time():
+    """A pattern that tries all ways to part such a line would need hours."""
     for text in (" /a" * 100_000, "/a b" * 100_000, "'/a " * 50_000, "- /a " * 50_000, "a: /" + " x" * 100_000):
-        started = time.monotonic()
-        local_paths(text)
-        assert time.monotonic() - started < 5
+        assert local_paths(text) == local_paths(text + " ")
 
 
 # Loading it
